@@ -1,0 +1,1 @@
+"""Where pictures come from: the procedural world, image folders and data sets."""
