@@ -1,0 +1,1 @@
+"""Training of control adapters: configuration, trainer, checkpoints."""

@@ -1,0 +1,97 @@
+"""From a configuration to the things it names: data, pipeline, controller with a fresh adapter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from loco_diffusion.adapters import default_target_modules
+from loco_diffusion.adapters.targets import TARGET_MODULES
+from loco_diffusion.control.controller import Controller
+from loco_diffusion.control.encoder import EncoderConfig
+from loco_diffusion.control.family import family_of
+from loco_diffusion.data.sources import DatasetSource, FolderSource, SceneSource, Source
+from loco_diffusion.errors import UserError
+from loco_diffusion.training.config import DatasetData, FolderData, ScenesData, TrainingConfig
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+PRESETS = ("attention", "attention+ff")
+
+
+def build_source(data: ScenesData | FolderData | DatasetData) -> Source:
+    """Open the pictures.
+
+    Raises:
+        UserError: they are missing or malformed.
+    """
+    if isinstance(data, ScenesData):
+        return SceneSource(data.count, data.size)
+    if isinstance(data, FolderData):
+        return FolderSource(data.path, data.size)
+    return DatasetSource(data.name, data.split, data.image_column, data.caption_column, data.size)
+
+
+def build_pipeline(config: TrainingConfig) -> DiffusionPipeline:
+    """Load the frozen base, on the CPU.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    dtype = getattr(torch, config.torch_dtype)
+    if config.base == "packaged":
+        from loco_diffusion.embedded import load_packaged_pipeline
+
+        return load_packaged_pipeline(torch_dtype=dtype)
+    from diffusers import DiffusionPipeline
+
+    try:
+        return DiffusionPipeline.from_pretrained(config.base, torch_dtype=dtype)
+    except Exception as error:  # a wrong folder, id, file or connection has many exception types
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(
+            f"The base {config.base} cannot be loaded ({cause}); "
+            'give "packaged", a diffusers folder or a hub id as base.'
+        ) from error
+
+
+def build_controller(config: TrainingConfig, pipe: DiffusionPipeline) -> Controller:
+    """A controller of `pipe` with a fresh adapter, named after its condition.
+
+    Raises:
+        UserError: the pipeline is not supported, the picture size does not suit it, or its denoiser does not
+            take the adapter.
+    """
+    family = family_of(pipe)
+    token = family.token_pixels(pipe)
+    if config.data.size % token:
+        raise UserError(
+            f"data.size is {config.data.size}, but this base needs a multiple of {token}; "
+            f"use {max(1, config.data.size // token) * token}."
+        )
+    denoiser = type(family.denoiser(pipe)).__name__
+    targets = config.adapter.target_modules
+    if isinstance(targets, str) and targets in PRESETS:
+        known = default_target_modules(denoiser, targets)
+        if known is None:
+            raise UserError(
+                f"adapter.target_modules {targets!r} is known for {', '.join(TARGET_MODULES)} only; "
+                f"name the linear layers of {denoiser}."
+            )
+        targets = known
+    controller = Controller(pipe)
+    try:
+        controller.add_adapter(
+            config.condition,
+            config.adapter.peft_config(targets),
+            condition=config.condition,
+            encoder=EncoderConfig(input=config.encoder.input, hidden_size=config.encoder.hidden_size),
+        )
+    except UserError:
+        raise
+    except ValueError as error:  # peft's word for layers that do not exist or do not fit
+        cause = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"The adapter does not fit the base ({cause}); change adapter in the config.") from error
+    return controller

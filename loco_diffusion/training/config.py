@@ -1,0 +1,310 @@
+"""The configuration of a training run: what a YAML file may say, with the meaning of every field."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from loco_diffusion.errors import UserError
+
+if typing.TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+class Settings(BaseModel):
+    """A section of the configuration; unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class EncoderSettings(Settings):
+    """The control-condition encoder."""
+
+    input: Literal["pixels", "latents"] = Field(
+        "pixels", description="What it reads: the map's pixels, or the VAE's latents of the map."
+    )
+    hidden_size: int = Field(256, ge=1, description="Width between its two layers.")
+
+
+class AdapterSettings(Settings):
+    """The adapter in the denoiser's linear layers, of any method that peft knows."""
+
+    method: str = Field("loco", description="Name of the peft method: loco, lora, oft, hra, boft, ...")
+    target_modules: str | list[str] = Field(
+        "attention",
+        description='Layers to adapt: "attention", "attention+ff", ends of module names, or a regular expression.',
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further fields of the method's own config class; for loco r, num_rotations, alpha, "
+        "chain_order, map, ...",
+    )
+
+    @model_validator(mode="after")
+    def _options_fit_the_method(self) -> AdapterSettings:
+        self.peft_config(self.target_modules)
+        return self
+
+    def peft_config(self, target_modules: str | list[str]) -> PeftConfig:
+        """The method's config.
+
+        Args:
+            target_modules: in peft's form, without our presets.
+
+        Raises:
+            ValueError: the method is unknown, or does not accept the options.
+        """
+        config_class = _config_class(self.method)
+        hints = typing.get_type_hints(config_class)
+        options = {
+            name: _checked_option(config_class, hints, name, value) for name, value in self.options.items()
+        }
+        try:
+            return config_class(target_modules=target_modules, **options)
+        except TypeError as error:
+            raise ValueError(f"{config_class.__name__} does not accept these options ({error})") from error
+
+
+class ScenesData(Settings):
+    """The procedural world `scenes`, drawn as needed."""
+
+    source: Literal["scenes"]
+    count: int = Field(6000, ge=1, description="Number of scenes, the first of the training seeds.")
+    size: int = Field(128, ge=16, description="Side of the pictures in pixels.")
+
+
+class FolderData(Settings):
+    """A folder of pictures with a metadata.jsonl of lines {"file_name": ..., "text": ...}."""
+
+    source: Literal["folder"]
+    path: str = Field(description="The folder.")
+    size: int = Field(512, ge=16, description="Side in pixels to which pictures are resized and cropped.")
+
+
+class DatasetData(Settings):
+    """A Hugging Face data set."""
+
+    source: Literal["dataset"]
+    name: str = Field(description="Name on the hub, or a local folder.")
+    split: str = Field("train", description='Split, such as "train" or "train[:1000]".')
+    image_column: str = Field("image", description="Column of the pictures.")
+    caption_column: str = Field("text", description="Column of the captions; of a list the first one counts.")
+    size: int = Field(512, ge=16, description="Side in pixels to which pictures are resized and cropped.")
+
+
+class TimestepSettings(Settings):
+    """How the noise level sigma in [0, 1] of a training example is drawn."""
+
+    sampling: Literal["uniform", "logit_normal"] = Field(
+        "logit_normal", description="Distribution before the shift (Esser et al. 2024, arXiv 2403.03206)."
+    )
+    mean: float = Field(0.0, description="Of logit_normal, before the sigmoid.")
+    std: float = Field(1.0, gt=0, description="Of logit_normal, before the sigmoid.")
+    shift: float = Field(
+        1.0, gt=0, description="sigma becomes shift sigma / (1 + (shift - 1) sigma); above 1, more noise."
+    )
+
+
+class TrainingConfig(Settings):
+    """One training run: a condition, an adapter, data, and how to optimise."""
+
+    condition: str = Field(description="Condition to train for: canny, depth, mask, colorization, deblur, ...")
+    output: str = Field(description="Folder of the run: adapter/, checkpoints/, log.jsonl, config.yaml.")
+    base: str = Field("packaged", description='Frozen base: "packaged", a diffusers folder, or a hub id.')
+    torch_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Type of the frozen base's weights; what is trained is always float32."
+    )
+    data: Annotated[ScenesData | FolderData | DatasetData, Field(discriminator="source")] = Field(
+        ScenesData(source="scenes"), description="Captioned pictures, by source: scenes, folder or dataset."
+    )
+    encoder: EncoderSettings = Field(EncoderSettings(), description="The control-condition encoder.")
+    adapter: AdapterSettings = Field(default_factory=AdapterSettings, description="The adapter.")
+    timesteps: TimestepSettings = Field(TimestepSettings(), description="How noise levels are drawn.")
+    steps: int = Field(ge=1, description="Optimizer steps.")
+    batch_size: int = Field(32, ge=1, description="Pictures a process and backward pass.")
+    accumulation: int = Field(1, ge=1, description="Backward passes an optimizer step.")
+    lr: float = Field(3e-3, gt=0, description="Peak learning rate of the adapter.")
+    encoder_lr: float = Field(1e-3, gt=0, description="Peak learning rate of the condition encoder.")
+    warmup_steps: int = Field(0, ge=0, description="Steps over which learning rates rise linearly from 0.")
+    decay: float = Field(
+        0.2, ge=0, le=1, description="Last share of the steps, over which learning rates fall linearly to 0."
+    )
+    weight_decay: float = Field(
+        0.0, ge=0, description="AdamW's, on the adapter; on rotations it would pull angles to 0."
+    )
+    encoder_weight_decay: float = Field(0.01, ge=0, description="AdamW's, on the condition encoder.")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999), description="AdamW's decay rates of its two moments."
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm, all together.")
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="Autocast of the forward pass.")
+    guidance: float | None = Field(
+        1.0, ge=0, description="Fed to guidance-distilled bases in training; others ignore it."
+    )
+    text_dropout: float = Field(0.1, ge=0, le=1, description="Share of examples that lose their caption.")
+    condition_dropout: float = Field(0.1, ge=0, le=1, description="Share of examples that lose their map.")
+    seed: int = Field(0, ge=0, description="Of the initial weights, the data order and every random draw.")
+    checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints.")
+    keep_checkpoints: int = Field(2, ge=1, description="Older checkpoints are deleted.")
+    log_every: int = Field(10, ge=1, description="Steps between lines of log.jsonl.")
+    cache_gigabytes: float = Field(
+        4.0,
+        ge=0,
+        description="If latents, text embeddings and condition maps of the whole data set fit into this much "
+        "memory, they are computed once; otherwise in every step.",
+    )
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _yaml_reads_no_as_false(cls, value: Any) -> Any:
+        return "no" if value is False else value
+
+    @field_validator("condition")
+    @classmethod
+    def _condition_exists(cls, value: str) -> str:
+        from loco_diffusion.conditions import get_condition
+
+        return get_condition(value).name
+
+
+def load_config(path: str | Path) -> TrainingConfig:
+    """Read a configuration from a YAML file.
+
+    Raises:
+        UserError: the file is missing or is no YAML, or a field is unknown, missing or wrong; the message
+            names the file, the field and the problem.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise UserError(f"The configuration {path} cannot be read ({cause}); check its path.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise UserError(f"The configuration {path} is malformed{where} ({problem}); mend it.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"The configuration {path} is no list of `field: value` lines; write some.")
+    return make_config(content, str(path))
+
+
+def make_config(fields: dict[str, Any], name: str = "configuration") -> TrainingConfig:
+    """Validate fields, as they would stand in YAML.
+
+    Args:
+        fields: nested mappings.
+        name: of the file, for messages.
+
+    Raises:
+        UserError: see `load_config`.
+    """
+    try:
+        return TrainingConfig.model_validate(fields)
+    except ValidationError as error:
+        raise UserError(f"{name}: {_first_problem(error)}.") from error
+
+
+def config_help() -> str:
+    """All fields, one a line with default and meaning, nested ones indented."""
+    return "\n".join(_help_lines(TrainingConfig, ""))
+
+
+def _help_lines(model: type[BaseModel], indent: str) -> typing.Iterator[str]:
+    for name, field in model.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        nested = [part for part in _members(field.annotation) if _is_settings(part)]
+        if typing.get_origin(field.annotation) is Literal and field.is_required():
+            shown = str(typing.get_args(field.annotation)[0])
+        else:
+            shown = "required" if field.is_required() else "" if nested else str(default)
+        text = " ".join(part for part in (field.description, f"[{shown}]" if shown else "") if part)
+        yield f"{indent}{name}: {text}"
+        for part in nested:
+            yield from _help_lines(part, indent + "  ")
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    return typing.get_args(annotation) or (annotation,)
+
+
+def _is_settings(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _first_problem(error: ValidationError) -> str:
+    """One clause about the first of the errors: where, what, what instead."""
+    first = error.errors()[0]
+    tags = {"scenes", "folder", "dataset"}  # pydantic names the member of the union; the file does not
+    place = [str(part) for number, part in enumerate(first["loc"]) if not (number == 1 and part in tags)]
+    where = "field " + ".".join(place) if place else "configuration"
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(first["loc"][:-1])
+        close = difflib.get_close_matches(place[-1], known, n=1)
+        remedy = f"did you mean {close[0]}" if close else f"choose from {', '.join(known)}"
+        return f"{where} is not known; {remedy}"
+    if first["type"] == "missing":
+        return f"{where} is missing; add it"
+    problem = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
+    problem = " ".join(problem.rstrip(".").split()).removesuffix("; correct it")
+    given = first["input"]
+    shown = f", got {given!r}" if isinstance(given, (str, int, float, list)) else ""
+    if first["type"] == "value_error":
+        return f"{where}: {problem}"
+    return f"{where}: {problem[0].lower()}{problem[1:]}{shown}; correct it"
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields that the section at a pydantic location has."""
+    model: type[BaseModel] = TrainingConfig
+    for part in location:
+        if part in model.model_fields:
+            parts = [one for one in _members(model.model_fields[str(part)].annotation) if _is_settings(one)]
+            model = parts[0] if parts else model
+        else:  # the tag of a data source
+            tagged = {"scenes": ScenesData, "folder": FolderData, "dataset": DatasetData}
+            model = tagged.get(str(part), model)
+    return list(model.model_fields)
+
+
+def _config_class(method: str) -> type[PeftConfig]:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    import loco_diffusion.adapters  # noqa: F401  (registers our methods with peft)
+
+    classes = {
+        str(key.value).lower(): config_class
+        for key, config_class in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+        if "target_modules" in {field.name for field in dataclasses.fields(config_class)}
+    }
+    if method.lower() not in classes:
+        close = difflib.get_close_matches(method.lower(), classes, n=1)
+        remedy = f"did you mean {close[0]}" if close else f"choose one of {', '.join(sorted(classes))}"
+        raise ValueError(f"there is no adapter method {method!r}; {remedy}")
+    return classes[method.lower()]
+
+
+def _checked_option(config_class: type[PeftConfig], hints: dict[str, Any], name: str, value: Any) -> Any:
+    """The value in the type that the config class declares: peft itself would take r: "four"."""
+    from peft import PeftConfig
+
+    reserved = {field.name for field in dataclasses.fields(PeftConfig)} | {"target_modules"}
+    known = [field.name for field in dataclasses.fields(config_class) if field.name not in reserved]
+    if name == "target_modules":
+        raise ValueError("target_modules belongs beside options, not into it; move it")
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        remedy = f"did you mean {close[0]}" if close else f"choose from {', '.join(known)}"
+        raise ValueError(f"{config_class.__name__} has no option {name!r}; {remedy}")
+    if "Literal" in str(hints[name]):
+        return value  # peft lists patterns such as pissa_niter_[number] there; its classes check them
+    try:
+        return TypeAdapter(hints[name]).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(f"option {name}: {error.errors()[0]['msg']}, got {value!r}; correct it") from error

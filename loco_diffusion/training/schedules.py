@@ -1,0 +1,58 @@
+"""Schedules of a run: learning rate, noise levels, order of the data. Pure functions of the step."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loco_diffusion.training.config import TimestepSettings
+
+_ORDER, _DRAWS = 1, 2  # keep the random streams of one seed apart
+
+
+def learning_rate_factor(step: int, steps: int, warmup_steps: int, decay: float) -> float:
+    """Share of the peak learning rate in `step` (0-based): rises linearly, stays at 1, falls linearly to 0.
+
+    The first step has 1/warmup_steps; the step after the last would have 0.
+    """
+    rise = (step + 1) / warmup_steps if step < warmup_steps else 1.0
+    decay_steps = decay * steps
+    fall = (steps - step) / decay_steps if steps - step < decay_steps else 1.0
+    return min(rise, fall)
+
+
+def sample_sigmas(count: int, settings: TimestepSettings, rng: np.random.Generator) -> Tensor:
+    """Noise levels: float32 (count,) in [0, 1]; 1 is pure noise.
+
+    Source: Esser et al. 2024 (arXiv 2403.03206), the logit-normal density (section 3.1) and the
+    resolution-dependent shift (equation 23).
+    """
+    if settings.sampling == "uniform":
+        sigmas = rng.random(count)
+    else:
+        sigmas = 1 / (1 + np.exp(-(settings.mean + settings.std * rng.standard_normal(count))))
+    shifted = settings.shift * sigmas / (1 + (settings.shift - 1) * sigmas)
+    return torch.from_numpy(shifted.astype(np.float32))
+
+
+def draws_of(seed: int, batch: int, process: int) -> np.random.Generator:
+    """The generator of everything random in one batch; equal after a resume without any stored state."""
+    return np.random.default_rng([seed, _DRAWS, batch, process])
+
+
+def batch_indices(seed: int, batch: int, size: int, shard: range) -> list[int]:
+    """Which examples are in a batch (0-based) of `size`: a new permutation of the shard every epoch.
+
+    Batches run on from one epoch into the next, so all have the same size, even one larger than the shard.
+    """
+    positions = range(batch * size, (batch + 1) * size)
+    return [shard[_permutation(seed, p // len(shard), shard)[p % len(shard)]] for p in positions]
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, shard: range) -> tuple[int, ...]:
+    rng = np.random.default_rng([seed, _ORDER, epoch, shard.start])
+    return tuple(rng.permutation(len(shard)).tolist())
