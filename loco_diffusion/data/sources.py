@@ -6,7 +6,6 @@ A source gives square 8-bit pictures and their captions by index, so that any or
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -32,15 +31,19 @@ class Source(Protocol):
     def __len__(self) -> int:
         """How many pictures there are, at least 1."""
 
-    def pictures(self, indices: Sequence[int]) -> Tensor:
-        """The pictures at `indices`: uint8 (B, 3, size, size).
+    def picture(self, index: int) -> Tensor:
+        """The picture at `index`: uint8 (3, size, size). Several threads may ask at once.
 
         Raises:
-            UserError: a picture cannot be read.
+            UserError: it cannot be read.
         """
 
-    def captions(self, indices: Sequence[int]) -> list[str]:
-        """The captions at `indices`."""
+    def caption(self, index: int) -> str:
+        """The caption at `index`.
+
+        Raises:
+            UserError: there is none.
+        """
 
 
 class SceneSource:
@@ -53,21 +56,21 @@ class SceneSource:
 
     def __init__(self, count: int, size: int) -> None:
         if not 1 <= count <= len(TRAIN_SEEDS):
-            raise UserError(f"There are 1 to {len(TRAIN_SEEDS):,} training scenes, not {count}; choose fewer.")
+            raise UserError(f"There are 1 to {len(TRAIN_SEEDS):,} training scenes, not {count}.")
         self.count = count
         self.size = size
 
     def __len__(self) -> int:
         return self.count
 
-    def pictures(self, indices: Sequence[int]) -> Tensor:
+    def picture(self, index: int) -> Tensor:
         """See `Source`."""
-        drawn = render([sample_scene(TRAIN_SEEDS[int(index)]) for index in indices], self.size)
-        return (drawn.image * 255).round().to(torch.uint8)
+        drawn = render([sample_scene(TRAIN_SEEDS[index])], self.size)
+        return (drawn.image[0] * 255).round().to(torch.uint8)
 
-    def captions(self, indices: Sequence[int]) -> list[str]:
+    def caption(self, index: int) -> str:
         """See `Source`."""
-        return [sample_scene(TRAIN_SEEDS[int(index)]).caption for index in indices]
+        return sample_scene(TRAIN_SEEDS[index]).caption
 
 
 class FolderSource:
@@ -103,17 +106,17 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def pictures(self, indices: Sequence[int]) -> Tensor:
+    def picture(self, index: int) -> Tensor:
         """See `Source`."""
-        return _stack([load_image(self._entries[index][0]) for index in indices], self.size)
+        return _fitted(load_image(self._entries[index][0]), self.size)
 
-    def captions(self, indices: Sequence[int]) -> list[str]:
+    def caption(self, index: int) -> str:
         """See `Source`."""
-        return [self._entries[index][1] for index in indices]
+        return self._entries[index][1]
 
 
 class DatasetSource:
-    """A data set that the library `datasets` loads: a hub name, a local folder, or one saved by `save_to_disk`.
+    """A data set that the library `datasets` loads: from the hub, a folder, or saved by `save_to_disk`.
 
     Args:
         name: name or folder.
@@ -146,25 +149,19 @@ class DatasetSource:
     def __len__(self) -> int:
         return len(self._captions)
 
-    def pictures(self, indices: Sequence[int]) -> Tensor:
+    def picture(self, index: int) -> Tensor:
         """See `Source`."""
-        return _stack([self._picture(int(index)) for index in indices], self.size)
-
-    def captions(self, indices: Sequence[int]) -> list[str]:
-        """See `Source`."""
-        return [self._caption(int(index)) for index in indices]
-
-    def _picture(self, index: int) -> Image.Image:
         where = f"Picture {index} of the data set {self.name}"
         try:
             value = self._pictures[index][self.image_column]
             if value is not None:
-                return to_rgb(ImageOps.exif_transpose(value))
+                return _fitted(to_rgb(ImageOps.exif_transpose(value)), self.size)
         except Exception as error:  # decoders meet damaged files with nearly any exception type
             raise UserError(f"{where} cannot be read ({_cause(error)}); remove it from the data.") from error
         raise UserError(f"{where} is missing; remove its row from the data.")
 
-    def _caption(self, index: int) -> str:
+    def caption(self, index: int) -> str:
+        """See `Source`."""
         value = self._captions[index][self.caption_column]
         if isinstance(value, (list, tuple)) and value:
             value = value[0]
@@ -176,10 +173,9 @@ class DatasetSource:
         return value
 
 
-def _stack(images: list[Image.Image], size: int) -> Tensor:
-    """Fit and stack: uint8 (B, 3, size, size)."""
-    pixels = np.stack([np.asarray(fit(image, size, size)) for image in images])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+def _fitted(image: Image.Image, size: int) -> Tensor:
+    """Resize and crop an RGB picture: uint8 (3, size, size)."""
+    return torch.from_numpy(np.array(fit(image, size, size))).permute(2, 0, 1).contiguous()
 
 
 def _parse_entry(folder: Path, number: int, line: str) -> tuple[Path, str]:
@@ -228,7 +224,7 @@ def _as_images(column: datasets.Dataset, name: str, image_column: str) -> datase
         return column.cast_column(image_column, datasets.Image())
     except Exception as error:
         raise UserError(
-            f"The column {image_column!r} of the data set {name} holds no pictures; choose another image_column."
+            f"The column {image_column!r} of the data set {name} holds no pictures; choose another."
         ) from error
 
 

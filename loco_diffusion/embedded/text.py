@@ -6,6 +6,7 @@ prompt can be read. The encoders start at random and learn together with the bas
 
 from __future__ import annotations
 
+import json
 import re
 
 import torch
@@ -45,16 +46,23 @@ def _clip_tokenizer(captions: list[str]) -> CLIPTokenizer:
 
 
 def _merges(tokenizer: Tokenizer) -> list[list[str]]:
-    import json
-
     return json.loads(tokenizer.to_str())["model"]["merges"]
 
 
 def _t5_tokenizer(words: list[str]) -> T5Tokenizer:
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    whole = [(f"▁{word}", -1.0) for word in words]
-    letters = [("▁", -10.0)] + [(letter, -10.0) for letter in _LETTERS]
+    whole = [(f"▁{word}", -1.0) for word in words + [word.capitalize() for word in words]]
+    letters = [("▁", -10.0)] + [(letter, -10.0) for letter in sorted(set(_LETTERS + _LETTERS.upper()))]
     return T5Tokenizer(vocab=special + whole + letters, extra_ids=0, model_max_length=TEXT_LENGTH)
+
+
+@torch.no_grad()
+def share_capitals(t5: T5Tokenizer, encoder: T5EncoderModel) -> None:
+    """Give "Red" the meaning of "red": captions hold no capitals, and a T5 tokenizer keeps them."""
+    table = encoder.get_input_embeddings().weight
+    vocabulary = t5.get_vocab()
+    for piece, index in vocabulary.items():
+        table[index] = table[vocabulary.get(piece.lower(), index)]
 
 
 def build_text_encoders(clip: CLIPTokenizer, t5: T5Tokenizer) -> tuple[CLIPTextModel, T5EncoderModel]:

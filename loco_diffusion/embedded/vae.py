@@ -1,4 +1,4 @@
-"""Recipe of the packaged VAE: 8x, 16 channels, trained on crops of scenes and of condition maps."""
+"""Recipe of the packaged VAE: 8x, 16 channels, trained on scenes and on condition maps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loco_diffusion.embedded.loop import train
 from loco_diffusion.embedded.pictures import rendered_scenes
 from loco_diffusion.images import to_pil, to_tensor
 
-SCENES, BATCH, MAPS, CROP = 6000, 32, 8, 64  # MAPS of the BATCH crops are condition maps
+SCENES, BATCH, MAPS = 6000, 8, 2  # MAPS of the BATCH pictures are condition maps
 KL_WEIGHT = 2e-3
 DOWN = ("DownEncoderBlock2D",) * 4
 UP = ("UpDecoderBlock2D",) * 4
@@ -29,19 +29,20 @@ def build_vae(steps: int, runs: Path, device: str) -> AutoencoderKL:
         block_out_channels=(16, 32, 64, 64),
         layers_per_block=1,
         latent_channels=16,
-        norm_num_groups=8,
+        norm_num_groups=4,
         mid_block_add_attention=False,
         use_quant_conv=False,
         use_post_quant_conv=False,
         sample_size=128,
         shift_factor=0.0,
     )
+    _start_as_pyramid(vae)
     vae.to(device, memory_format=torch.channels_last)
     pictures, depths = rendered_scenes(TRAIN_SEEDS[:SCENES], runs)
 
     def loss_of_step(step: int) -> torch.Tensor:
-        crops = _crops(pictures, depths, np.random.default_rng(step))
-        return _loss(vae, crops.to(device, memory_format=torch.channels_last))
+        batch = _batch(pictures, depths, np.random.default_rng(step))
+        return _loss(vae, batch.to(device, memory_format=torch.channels_last))
 
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4)
     train(runs / "vae", vae, [optimizer], loss_of_step, steps)
@@ -49,28 +50,43 @@ def build_vae(steps: int, runs: Path, device: str) -> AutoencoderKL:
     return vae
 
 
-def _loss(vae: AutoencoderKL, crops: torch.Tensor) -> torch.Tensor:
+def _start_as_pyramid(vae: AutoencoderKL) -> None:
+    """Start as a linear pyramid: average pooling down, nearest neighbours up, every residual branch silent.
+
+    Colours are then right from the first steps; from the usual random start a network this small spends most of
+    a short run finding them.
+    """
+    for name, module in vae.named_modules():
+        if not isinstance(module, torch.nn.Conv2d):
+            continue
+        if name.endswith("conv2"):
+            torch.nn.init.zeros_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+        elif "sampler" in name:
+            torch.nn.init.dirac_(module.weight)
+            if module.stride == (2, 2):  # diffusers pads right and below, so the window starts at the centre tap
+                module.weight.data = module.weight.data.roll((-1, -1), (2, 3))
+                center = module.weight.data[:, :, 0, 0].clone()
+                module.weight.data[:, :, :2, :2] = center[:, :, None, None] / 4
+        elif "shortcut" in name:
+            torch.nn.init.orthogonal_(module.weight)
+
+
+def _loss(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
     """Absolute error of pixels and of their differences (edges are what control is about), and a light KL."""
-    posterior = vae.encode(crops).latent_dist
+    posterior = vae.encode(pictures).latent_dist
     decoded = vae.decode(posterior.sample()).sample
-    error = decoded - crops
+    error = decoded - pictures
     edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[:, :, 1:] - error[:, :, :-1]).abs().mean()
     kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-    return error.abs().mean() + edges + KL_WEIGHT * kl
+    return error.abs().mean() + 2 * error.square().mean() + edges + KL_WEIGHT * kl
 
 
-def _crops(pictures: torch.Tensor, depths: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """BATCH crops (BATCH, 3, CROP, CROP) in [-1, 1]; four from each picture or map drawn."""
-    per_picture = 4
-    drawn = []
-    for number, index in enumerate(rng.integers(len(pictures), size=BATCH // per_picture)):
-        if number < MAPS // per_picture:
-            whole = _condition_map(pictures[index], depths[index], rng)
-        else:
-            whole = pictures[index].float() / 255
-        for top, left in rng.integers(whole.shape[-1] - CROP + 1, size=(per_picture, 2)):
-            drawn.append(whole[:, top : top + CROP, left : left + CROP])
-    return torch.stack(drawn) * 2 - 1
+def _batch(pictures: torch.Tensor, depths: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """BATCH pictures (BATCH, 3, 128, 128) in [-1, 1], the first MAPS of them condition maps."""
+    chosen = rng.integers(len(pictures), size=BATCH)
+    maps = [_condition_map(pictures[index], depths[index], rng) for index in chosen[:MAPS]]
+    return torch.cat([torch.stack(maps), pictures[torch.from_numpy(chosen[MAPS:])].float() / 255]) * 2 - 1
 
 
 def _condition_map(picture: torch.Tensor, depth: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:

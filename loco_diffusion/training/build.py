@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,7 +49,9 @@ def build_pipeline(config: TrainingConfig) -> DiffusionPipeline:
     from diffusers import DiffusionPipeline
 
     try:
-        return DiffusionPipeline.from_pretrained(config.base, torch_dtype=dtype)
+        with warnings.catch_warnings():  # newer versions call it dtype, which older ones do not know
+            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+            return DiffusionPipeline.from_pretrained(config.base, torch_dtype=dtype)
     except Exception as error:  # a wrong folder, id, file or connection has many exception types
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(
@@ -82,16 +85,10 @@ def build_controller(config: TrainingConfig, pipe: DiffusionPipeline) -> Control
             )
         targets = known
     controller = Controller(pipe)
-    try:
-        controller.add_adapter(
-            config.condition,
-            config.adapter.peft_config(targets),
-            condition=config.condition,
-            encoder=EncoderConfig(input=config.encoder.input, hidden_size=config.encoder.hidden_size),
-        )
-    except UserError:
-        raise
-    except ValueError as error:  # peft's word for layers that do not exist or do not fit
-        cause = " ".join(str(error).split()).rstrip(".")
-        raise UserError(f"The adapter does not fit the base ({cause}); change adapter in the config.") from error
+    controller.add_adapter(
+        config.condition,
+        config.adapter.peft_config(targets),
+        condition=config.condition,
+        encoder=EncoderConfig(input=config.encoder.input, hidden_size=config.encoder.hidden_size),
+    )
     return controller

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from loco_diffusion.errors import UserError
 
@@ -27,18 +35,20 @@ class EncoderSettings(Settings):
     """The control-condition encoder."""
 
     input: Literal["pixels", "latents"] = Field(
-        "pixels", description="What it reads: the map's pixels, or the VAE's latents of the map."
+        default="pixels", description="What it reads: the map's pixels, or the VAE's latents of the map."
     )
-    hidden_size: int = Field(256, ge=1, description="Width between its two layers.")
+    hidden_size: int = Field(default=256, ge=1, description="Width between its two layers.")
 
 
 class AdapterSettings(Settings):
     """The adapter in the denoiser's linear layers, of any method that peft knows."""
 
-    method: str = Field("loco", description="Name of the peft method: loco, lora, oft, hra, boft, ...")
+    method: str = Field(
+        default="loco", description="Name of the peft method: loco, lora, oft, hra, boft, ..."
+    )
     target_modules: str | list[str] = Field(
-        "attention",
-        description='Layers to adapt: "attention", "attention+ff", ends of module names, or a regular expression.',
+        default="attention",
+        description='Layers: "attention", "attention+ff", ends of module names, or a regular expression.',
     )
     options: dict[str, Any] = Field(
         default_factory=dict,
@@ -75,8 +85,8 @@ class ScenesData(Settings):
     """The procedural world `scenes`, drawn as needed."""
 
     source: Literal["scenes"]
-    count: int = Field(6000, ge=1, description="Number of scenes, the first of the training seeds.")
-    size: int = Field(128, ge=16, description="Side of the pictures in pixels.")
+    count: int = Field(default=6000, ge=1, description="Number of scenes, the first of the training seeds.")
+    size: int = Field(default=128, ge=16, description="Side of the pictures in pixels.")
 
 
 class FolderData(Settings):
@@ -84,7 +94,9 @@ class FolderData(Settings):
 
     source: Literal["folder"]
     path: str = Field(description="The folder.")
-    size: int = Field(512, ge=16, description="Side in pixels to which pictures are resized and cropped.")
+    size: int = Field(
+        default=512, ge=16, description="Side in pixels to which pictures are resized and cropped."
+    )
 
 
 class DatasetData(Settings):
@@ -92,69 +104,97 @@ class DatasetData(Settings):
 
     source: Literal["dataset"]
     name: str = Field(description="Name on the hub, or a local folder.")
-    split: str = Field("train", description='Split, such as "train" or "train[:1000]".')
-    image_column: str = Field("image", description="Column of the pictures.")
-    caption_column: str = Field("text", description="Column of the captions; of a list the first one counts.")
-    size: int = Field(512, ge=16, description="Side in pixels to which pictures are resized and cropped.")
+    split: str = Field(default="train", description='Split, such as "train" or "train[:1000]".')
+    image_column: str = Field(default="image", description="Column of the pictures.")
+    caption_column: str = Field(
+        default="text", description="Column of the captions; of a list the first one counts."
+    )
+    size: int = Field(
+        default=512, ge=16, description="Side in pixels to which pictures are resized and cropped."
+    )
 
 
 class TimestepSettings(Settings):
     """How the noise level sigma in [0, 1] of a training example is drawn."""
 
     sampling: Literal["uniform", "logit_normal"] = Field(
-        "logit_normal", description="Distribution before the shift (Esser et al. 2024, arXiv 2403.03206)."
+        default="logit_normal",
+        description="Distribution before the shift (Esser et al. 2024, arXiv 2403.03206).",
     )
-    mean: float = Field(0.0, description="Of logit_normal, before the sigmoid.")
-    std: float = Field(1.0, gt=0, description="Of logit_normal, before the sigmoid.")
+    mean: float = Field(default=0.0, description="Of logit_normal, before the sigmoid.")
+    std: float = Field(default=1.0, gt=0, description="Of logit_normal, before the sigmoid.")
     shift: float = Field(
-        1.0, gt=0, description="sigma becomes shift sigma / (1 + (shift - 1) sigma); above 1, more noise."
+        default=1.0,
+        gt=0,
+        description="sigma becomes shift sigma / (1 + (shift - 1) sigma); above 1, more noise.",
     )
 
 
 class TrainingConfig(Settings):
     """One training run: a condition, an adapter, data, and how to optimise."""
 
-    condition: str = Field(description="Condition to train for: canny, depth, mask, colorization, deblur, ...")
+    condition: str = Field(
+        description="Condition to train for: canny, depth, mask, colorization, deblur, ..."
+    )
     output: str = Field(description="Folder of the run: adapter/, checkpoints/, log.jsonl, config.yaml.")
-    base: str = Field("packaged", description='Frozen base: "packaged", a diffusers folder, or a hub id.')
+    base: str = Field(
+        default="packaged", description='Frozen base: "packaged", a diffusers folder, or a hub id.'
+    )
     torch_dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="Type of the frozen base's weights; what is trained is always float32."
+        default="float32", description="Type of the frozen base's weights; what is trained is always float32."
     )
     data: Annotated[ScenesData | FolderData | DatasetData, Field(discriminator="source")] = Field(
-        ScenesData(source="scenes"), description="Captioned pictures, by source: scenes, folder or dataset."
+        default=ScenesData(source="scenes"),
+        description="Captioned pictures, by source: scenes, folder or dataset. Captions are cut to what the "
+        "base's text encoders read.",
     )
-    encoder: EncoderSettings = Field(EncoderSettings(), description="The control-condition encoder.")
+    encoder: EncoderSettings = Field(default=EncoderSettings(), description="The control-condition encoder.")
     adapter: AdapterSettings = Field(default_factory=AdapterSettings, description="The adapter.")
-    timesteps: TimestepSettings = Field(TimestepSettings(), description="How noise levels are drawn.")
+    timesteps: TimestepSettings = Field(default=TimestepSettings(), description="How noise levels are drawn.")
     steps: int = Field(ge=1, description="Optimizer steps.")
-    batch_size: int = Field(32, ge=1, description="Pictures a process and backward pass.")
-    accumulation: int = Field(1, ge=1, description="Backward passes an optimizer step.")
-    lr: float = Field(3e-3, gt=0, description="Peak learning rate of the adapter.")
-    encoder_lr: float = Field(1e-3, gt=0, description="Peak learning rate of the condition encoder.")
-    warmup_steps: int = Field(0, ge=0, description="Steps over which learning rates rise linearly from 0.")
+    batch_size: int = Field(default=32, ge=1, description="Pictures a process and backward pass.")
+    accumulation: int = Field(default=1, ge=1, description="Backward passes an optimizer step.")
+    lr: float = Field(default=3e-3, gt=0, description="Peak learning rate of the adapter.")
+    encoder_lr: float = Field(default=1e-3, gt=0, description="Peak learning rate of the condition encoder.")
+    warmup_steps: int = Field(
+        default=0, ge=0, description="Steps over which learning rates rise linearly from 0."
+    )
     decay: float = Field(
-        0.2, ge=0, le=1, description="Last share of the steps, over which learning rates fall linearly to 0."
+        default=0.2,
+        ge=0,
+        le=1,
+        description="Last share of the steps, over which learning rates fall linearly to 0.",
     )
     weight_decay: float = Field(
-        0.0, ge=0, description="AdamW's, on the adapter; on rotations it would pull angles to 0."
+        default=0.0, ge=0, description="AdamW's, on the adapter; on rotations it would pull angles to 0."
     )
-    encoder_weight_decay: float = Field(0.01, ge=0, description="AdamW's, on the condition encoder.")
+    encoder_weight_decay: float = Field(default=0.01, ge=0, description="AdamW's, on the condition encoder.")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.999), description="AdamW's decay rates of its two moments."
+        default=(0.9, 0.999), description="AdamW's decay rates of its two moments."
     )
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm, all together.")
-    mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="Autocast of the forward pass.")
+    max_grad_norm: float = Field(
+        default=1.0, gt=0, description="Gradients are clipped to this norm, all together."
+    )
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field(
+        default="no", description="Autocast of the forward pass."
+    )
     guidance: float | None = Field(
-        1.0, ge=0, description="Fed to guidance-distilled bases in training; others ignore it."
+        default=1.0, ge=0, description="Fed to guidance-distilled bases in training; others ignore it."
     )
-    text_dropout: float = Field(0.1, ge=0, le=1, description="Share of examples that lose their caption.")
-    condition_dropout: float = Field(0.1, ge=0, le=1, description="Share of examples that lose their map.")
-    seed: int = Field(0, ge=0, description="Of the initial weights, the data order and every random draw.")
-    checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints.")
-    keep_checkpoints: int = Field(2, ge=1, description="Older checkpoints are deleted.")
-    log_every: int = Field(10, ge=1, description="Steps between lines of log.jsonl.")
+    text_dropout: float = Field(
+        default=0.1, ge=0, le=1, description="Share of examples that lose their caption."
+    )
+    condition_dropout: float = Field(
+        default=0.1, ge=0, le=1, description="Share of examples that lose their map."
+    )
+    seed: int = Field(
+        default=0, ge=0, description="Of the initial weights, the data order and every random draw."
+    )
+    checkpoint_every: int = Field(default=200, ge=1, description="Steps between checkpoints.")
+    keep_checkpoints: int = Field(default=2, ge=1, description="Older checkpoints are deleted.")
+    log_every: int = Field(default=10, ge=1, description="Steps between lines of log.jsonl.")
     cache_gigabytes: float = Field(
-        4.0,
+        default=4.0,
         ge=0,
         description="If latents, text embeddings and condition maps of the whole data set fit into this much "
         "memory, they are computed once; otherwise in every step.",
@@ -268,12 +308,16 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
             parts = [one for one in _members(model.model_fields[str(part)].annotation) if _is_settings(one)]
             model = parts[0] if parts else model
         else:  # the tag of a data source
-            tagged = {"scenes": ScenesData, "folder": FolderData, "dataset": DatasetData}
+            tagged: dict[str, type[BaseModel]] = {
+                "scenes": ScenesData,
+                "folder": FolderData,
+                "dataset": DatasetData,
+            }
             model = tagged.get(str(part), model)
     return list(model.model_fields)
 
 
-def _config_class(method: str) -> type[PeftConfig]:
+def _config_class(method: str) -> type[Any]:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     import loco_diffusion.adapters  # noqa: F401  (registers our methods with peft)

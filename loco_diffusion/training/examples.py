@@ -1,12 +1,13 @@
 """Training examples: pictures, captions and condition maps as the tensors that a training step reads.
 
-The work of a batch is split in two. `Examples.load` does what the processor does (drawing random numbers, reading
-pictures, extracting maps) and may run in another thread while a step trains; `Examples.encode` does what the
-models do. What does not change from epoch to epoch is computed once, if it fits into memory.
+The work of a batch is split in two. `Examples.load` does what the processor does (drawing random numbers,
+reading pictures, extracting maps) and may run in another thread while a step trains; `Examples.encode` does
+what the models do. What does not change from epoch to epoch is computed once, if it fits into memory.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +16,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.progress import Progress
 from torch import Tensor
 
 from loco_diffusion.conditions import Condition
 from loco_diffusion.data.sources import Source
 from loco_diffusion.errors import UserError
-from loco_diffusion.images import to_pil
 from loco_diffusion.training.config import TrainingConfig
 from loco_diffusion.training.schedules import sample_sigmas
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from loco_diffusion.control.family import Family
 
-_CHUNK = 8  # pictures prepared at once; the renderer of scenes is fastest with few
+_CHUNK = 16  # pictures encoded at once, when all are prepared
 
 
 @dataclass
@@ -78,8 +79,8 @@ class Batch:
 class _Cache:
     """Tensors of all examples of this process, in the order of its shard.
 
-    Either `maps` or `pictures` (uint8) is there: of a condition that draws random numbers the pictures are kept
-    and the maps are made anew in every batch, or each picture would always come with the same hole or blur.
+    Either `maps` or `pictures` (uint8) is there: where a condition draws random numbers, the pictures are
+    kept and the maps made anew in every batch, or each picture would always come with the same hole or blur.
     """
 
     latents: Tensor
@@ -122,6 +123,7 @@ class Examples:
         self.shard = range(process[0], len(source), process[1])
         self.pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // process[1]))
         self._cache: _Cache | None = None
+        self._first = source.picture(self.shard[0])
         self._empty_text = self._encode_text([""])
         self._latents_of_one, self._bytes_of_one = self._measure()
 
@@ -146,28 +148,25 @@ class Examples:
         task = progress.add_task("Preparing pictures", total=len(self.shard), note="")
         latents: list[Tensor] = []
         texts: list[dict[str, Tensor]] = []
-        maps: list[Tensor] = []
-        kept: list[Tensor] = []
+        pictures = torch.empty(len(self.shard), *self._first.shape, dtype=torch.uint8)
+        maps = torch.empty_like(pictures)
         random = False
+        # The pool reads on while the models encode.
+        read = self.pool.map(self._read, self.shard, np.random.default_rng(0).spawn(len(self.shard)))
         for start in range(0, len(self.shard), _CHUNK):
-            indices = list(self.shard[start : start + _CHUNK])
-            pictures = self.source.pictures(indices)
-            kept.append(pictures)
-            if not random:
-                found, random = self._maps(pictures, np.random.default_rng([self.config.seed, *indices]))
-                maps.append(found)
-            latents.append(self._encode_pictures(pictures).cpu())
-            texts.append({name: t.cpu() for name, t in self._encode_text(self.source.captions(indices)).items()})
-            progress.advance(task, len(indices))
-        text = {name: torch.cat([part[name] for part in texts]) for name in self._per_prompt()}
+            rows = range(start, min(start + _CHUNK, len(self.shard)))
+            for row, (picture, found, drawn) in zip(rows, read, strict=False):  # `read` goes on later
+                pictures[row], maps[row] = picture, found
+                random = random or drawn
+            latents.append(self._encode_pictures(pictures[start : rows.stop]).cpu())
+            texts.append(self._encode_text([self.source.caption(self.shard[row]) for row in rows]))
+            progress.advance(task, len(rows))
+        text = {name: torch.cat([part[name].cpu() for part in texts]) for name in self._per_prompt()}
         self._cache = _Cache(
-            torch.cat(latents),
-            text,
-            maps=None if random else torch.cat(maps),
-            pictures=torch.cat(kept) if random else None,
+            torch.cat(latents), text, maps=None if random else maps, pictures=pictures if random else None
         )
         if not bool(self._cache.latents.isfinite().all()):
-            raise UserError("The VAE gives latents with NaN or infinity; use torch_dtype float32 or bfloat16.")
+            raise UserError("The VAE gives NaN or infinity; use torch_dtype float32 or bfloat16.")
 
     def load(self, indices: Sequence[int], rng: np.random.Generator) -> Loaded:
         """Read examples and draw the batch's random numbers; needs no model.
@@ -181,11 +180,12 @@ class Examples:
         keep = torch.from_numpy(rng.random(count) >= config.condition_dropout)
         sigmas = sample_sigmas(count, config.timesteps, rng)
         noise = torch.from_numpy(rng.standard_normal((count, *self._latents_of_one), dtype=np.float32))
+        children = rng.spawn(count)
         if self._cache is None:
-            pictures = self.source.pictures(indices)
-            maps, _ = self._maps(pictures, rng)
-            captions = self.source.captions(indices)
-            captions = ["" if drop else text for text, drop in zip(captions, drop_text, strict=True)]
+            read = list(self.pool.map(self._read, indices, children))
+            pictures = torch.stack([picture for picture, _, _ in read])
+            maps = torch.stack([found for _, found, _ in read])
+            captions = ["" if d else self.source.caption(i) for i, d in zip(indices, drop_text, strict=True)]
             return self._pinned(Loaded(maps, keep, sigmas, noise, pictures=pictures, captions=captions))
         rows = torch.tensor([self.shard.index(index) for index in indices])
         text = {name: values[rows] for name, values in self._cache.text.items()}
@@ -195,7 +195,8 @@ class Examples:
             maps = self._cache.maps[rows]
         else:
             assert self._cache.pictures is not None
-            maps, _ = self._maps(self._cache.pictures[rows], rng)
+            extracted = self.pool.map(self._extract, self._cache.pictures[rows], children)
+            maps = torch.stack([found for found, _ in extracted])
         return self._pinned(Loaded(maps, keep, sigmas, noise, self._cache.latents[rows], text))
 
     def encode(self, loaded: Loaded) -> Batch:
@@ -218,28 +219,25 @@ class Examples:
 
     def _measure(self) -> tuple[tuple[int, ...], int]:
         """Shape of an example's latents, and the bytes that a cached example takes."""
-        first = self.shard[0]
-        pictures = self.source.pictures([first])
-        latents = self._encode_pictures(pictures)
+        latents = self._encode_pictures(self._first[None])
         text = sum(self._empty_text[name].nbytes for name in self._per_prompt())
-        return tuple(latents.shape[1:]), latents.nbytes + text + 2 * pictures.nbytes
+        return tuple(latents.shape[1:]), latents.nbytes + text + 2 * self._first.nbytes
 
     def _per_prompt(self) -> list[str]:
         """Names of the text tensors with one row a prompt; the others are the same for all prompts."""
         return [name for name, values in self._empty_text.items() if values.shape[0] == 1]
 
-    def _maps(self, pictures: Tensor, rng: np.random.Generator) -> tuple[Tensor, bool]:
-        """Condition maps of uint8 pictures (B, 3, H, W), alike, and whether any was drawn at random."""
-        children = rng.spawn(len(pictures))
+    def _read(self, index: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, bool]:
+        """A picture and its map, uint8 (3, H, W), and whether the map was drawn at random."""
+        picture = self.source.picture(index)
+        return picture, *self._extract(picture, rng)
 
-        def extract(picture: Tensor, child: np.random.Generator) -> tuple[Tensor, bool]:
-            before = child.bit_generator.state
-            image = self.condition.extract(to_pil(picture.float() / 255), child)
-            pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-            return pixels, child.bit_generator.state != before
-
-        results = list(self.pool.map(extract, pictures, children))
-        return torch.stack([pixels for pixels, _ in results]), any(drawn for _, drawn in results)
+    def _extract(self, picture: Tensor, rng: np.random.Generator) -> tuple[Tensor, bool]:
+        """The map of a picture, both uint8 (3, H, W), and whether it was drawn at random."""
+        before = rng.bit_generator.state
+        image = self.condition.extract(Image.fromarray(picture.permute(1, 2, 0).numpy()), rng)
+        found = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        return found, rng.bit_generator.state != before
 
     @torch.no_grad()
     def _encode_pictures(self, pictures: Tensor) -> Tensor:
@@ -247,7 +245,16 @@ class Examples:
 
     @torch.no_grad()
     def _encode_text(self, captions: list[str]) -> dict[str, Tensor]:
-        return self.family.encode_prompts(self.pipe, captions)
+        # Pipelines print every caption that they cut, which is most of them where a text encoder reads little.
+        loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+        levels = [logger.level for logger in loggers]
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            return self.family.encode_prompts(self.pipe, captions)
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)

@@ -1,0 +1,21 @@
+"""How a condition reaches a frozen denoiser."""
+
+from __future__ import annotations
+
+from loco_diffusion.control.adapter import AdapterInfo
+from loco_diffusion.control.controller import Controller
+from loco_diffusion.control.encoder import ConditionEncoder, EncoderConfig
+from loco_diffusion.control.family import Family, family_of
+from loco_diffusion.control.maps import ConditionMap, map_tensor, resize_map
+
+__all__ = [
+    "AdapterInfo",
+    "ConditionEncoder",
+    "ConditionMap",
+    "Controller",
+    "EncoderConfig",
+    "Family",
+    "family_of",
+    "map_tensor",
+    "resize_map",
+]

@@ -1,0 +1,262 @@
+"""An adapter on disk: peft's two files, the condition encoder, and what both were trained for."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from loco_diffusion.control.encoder import EncoderConfig
+from loco_diffusion.control.layers import all_finite, one_line
+from loco_diffusion.errors import UserError
+
+METHOD_FILE = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+CONTROL_FILE = "control_config.json"
+ENCODER_FILE = "control_encoder.safetensors"
+FILES = (METHOD_FILE, ADAPTER_FILE, CONTROL_FILE, ENCODER_FILE)
+_PEFT_PREFIX = "base_model.model."  # what PeftModel.from_pretrained expects before every name
+
+
+class BaseDescription(BaseModel):
+    """The base model that an adapter was trained on."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    denoiser: str
+    config: dict[str, int]
+    name_or_path: str | None = None
+
+
+class ControlConfig(BaseModel):
+    """The content of control_config.json."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[1] = 1
+    route: Literal["encoder"] = "encoder"
+    condition: str
+    encoder: EncoderConfig
+    base: BaseDescription
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """What an adapter folder holds.
+
+    Attributes:
+        method: peft's config of the adapter.
+        control: route, condition, encoder settings and base.
+        adapter: the adapter's weights, named as in the base model.
+        encoder: the condition encoder's weights.
+    """
+
+    method: PeftConfig
+    control: ControlConfig
+    adapter: dict[str, Tensor]
+    encoder: dict[str, Tensor]
+
+
+def find(path_or_hub_id: str | os.PathLike[str]) -> Path:
+    """The adapter folder at a path, or downloaded from the Hugging Face Hub (only the adapter's own files).
+
+    Raises:
+        UserError: there is no such folder, and it is no hub id or the download fails.
+    """
+    repository = os.fspath(path_or_hub_id)
+    path = Path(repository).expanduser()
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except (OSError, ValueError):  # too long or too odd to be a path
+        is_folder = exists = False
+    if is_folder:
+        return path
+    if exists:
+        raise UserError(f"{path} is a file; give the folder of the adapter.")
+    if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", repository):
+        raise UserError(f"There is no adapter folder {repository}; check the path.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(FILES)))
+    except Exception as error:  # network, cache, authentication, validation: many types
+        raise UserError(
+            f"{repository} is no folder here and could not be downloaded from the Hugging Face Hub "
+            f"({type(error).__name__}); check the name and the connection."
+        ) from error
+
+
+def check_base(folder: Path, trained: BaseDescription, present: BaseDescription) -> None:
+    """Raise UserError if the adapter in a folder was trained for another base model than the present one."""
+    source = f" ({trained.name_or_path})" if trained.name_or_path else ""
+    theirs, ours = f"a {trained.denoiser}", f"a {present.denoiser}"
+    if theirs == ours:
+        names = sorted(trained.config.keys() | present.config)
+        wrong = [name for name in names if trained.config.get(name) != present.config.get(name)]
+        if not wrong:
+            return
+        theirs, ours = (
+            ", ".join(f"{name} {config.get(name)}" for name in wrong)
+            for config in (trained.config, present.config)
+        )
+    raise UserError(
+        f"The adapter in {folder} was trained for a model with {theirs}{source}, this pipeline has {ours}; "
+        "load the base model it belongs to."
+    )
+
+
+def portable_name(name_or_path: str | None) -> str | None:
+    """A hub id as it is; of a local folder only the name, because its place means nothing elsewhere."""
+    if not name_or_path:
+        return None
+    return Path(name_or_path).name if Path(name_or_path).exists() else name_or_path
+
+
+def read(folder: Path) -> AdapterFolder:
+    """Read and check an adapter folder.
+
+    Raises:
+        UserError: a file is missing or damaged, the method is unknown, or weights are not finite.
+    """
+    for file in FILES:
+        if not (folder / file).is_file():
+            raise UserError(
+                f"{folder} is no adapter folder: it has no {file}; give the folder of an adapter."
+            )
+    control = _read_control(folder / CONTROL_FILE)
+    method = _read_method(folder / METHOD_FILE)
+    adapter = _read_weights(folder / ADAPTER_FILE)
+    adapter = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in adapter.items()}
+    return AdapterFolder(method, control, adapter, _read_weights(folder / ENCODER_FILE))
+
+
+def check_target(folder: Path) -> None:
+    """Check, before any costly work, that `write` will accept a folder: new, empty, or an adapter's.
+
+    Raises:
+        UserError: it is a file, holds anything but an adapter, or cannot be written.
+    """
+    parent = next(place for place in folder.absolute().parents if place.exists())
+    try:
+        if folder.is_dir():
+            content = {entry.name for entry in folder.iterdir()}
+            foreign = sorted(content - set(FILES))
+            if foreign:
+                raise UserError(
+                    f"{folder} holds other files than an adapter's ({foreign[0]}); choose an empty folder."
+                )
+        elif folder.exists():
+            raise UserError(f"{folder} is a file; choose a folder for the adapter.")
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{folder} cannot be written (no folder can be made in {parent}); choose another folder."
+        )
+
+
+def write(folder: Path, content: AdapterFolder) -> Path:
+    """Write an adapter folder atomically: at any moment it is complete, absent, or what it was before.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        UserError: see `check_target`; or weights are not finite, or writing fails.
+    """
+    if not (all_finite(content.adapter) and all_finite(content.encoder)):
+        raise UserError(
+            "The adapter has weights that are NaN or infinite; train it with a lower learning rate."
+        )
+    check_target(folder)
+    token = secrets.token_hex(4)
+    partial, old = (folder.absolute().parent / f".{folder.name}.{token}.{kind}" for kind in ("new", "old"))
+    try:
+        partial.mkdir(parents=True)
+        method = copy.copy(content.method)
+        method.inference_mode = True
+        method.save_pretrained(str(partial))
+        save_file(_portable(content.adapter, _PEFT_PREFIX), partial / ADAPTER_FILE, {"format": "pt"})
+        save_file(_portable(content.encoder), partial / ENCODER_FILE, {"format": "pt"})
+        (partial / CONTROL_FILE).write_text(content.control.model_dump_json(indent=2) + "\n")
+        if folder.exists():
+            os.rename(folder, old)  # a folder that is not empty cannot be replaced in one step
+        os.rename(partial, folder)
+    except OSError as error:
+        if old.exists() and not folder.exists():
+            os.rename(old, folder)
+        raise _unwritable(folder, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def _portable(weights: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    return {prefix + name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"{folder} cannot be written ({error.strerror or error}); choose another folder.")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _broken(file, error) from error
+    if not isinstance(content, dict):
+        raise _broken(file, "it holds no JSON object")
+    return content
+
+
+def _broken(file: Path, reason: Exception | str) -> UserError:
+    text = one_line(reason) if isinstance(reason, Exception) else reason
+    return UserError(f"{file} is broken ({text}); save or download the adapter again.")
+
+
+def _read_control(file: Path) -> ControlConfig:
+    content = _read_json(file)
+    if isinstance(content.get("format"), int) and content["format"] > 1:
+        raise UserError(f"{file} was written by a newer version; update loco-diffusion.")
+    try:
+        return ControlConfig.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise _broken(file, f"{place}: {first['msg']}") from error
+
+
+def _read_method(file: Path) -> PeftConfig:
+    method = _read_json(file).get("peft_type")
+    if method not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise UserError(
+            f"{file} names the unknown adapter method {method!r}; update loco-diffusion and peft."
+        )
+    try:
+        return PeftConfig.from_pretrained(str(file.parent))
+    except Exception as error:  # a config class raises whatever its checks raise
+        raise _broken(file, error) from error
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    try:
+        weights = load_file(file)
+    except Exception as error:  # safetensors has its own exception type
+        raise _broken(file, error) from error
+    if not all_finite(weights):
+        raise UserError(f"{file} has weights that are NaN or infinite; download or train the adapter again.")
+    return weights

@@ -1,0 +1,375 @@
+"""Control of a diffusers pipeline by condition maps, through adapters in its frozen denoiser."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from loco_diffusion.control import adapter_folder, layers
+from loco_diffusion.control.adapter import Adapter, AdapterInfo, check_strength, listed, resolve_strengths
+from loco_diffusion.control.adapter_folder import AdapterFolder, BaseDescription, ControlConfig
+from loco_diffusion.control.encoder import ConditionEncoder, EncoderConfig, pixel_tokens
+from loco_diffusion.control.family import Pipeline, family_of
+from loco_diffusion.control.features import ConditionInput, Features
+from loco_diffusion.control.maps import ConditionMap, map_tensor
+from loco_diffusion.errors import UserError
+
+
+class Controller:
+    """Adds named adapters to a pipeline and runs it, unchanged, under condition maps:
+
+        controller = Controller(pipe)
+        controller.load_adapter("path/to/canny")
+        with controller(canny=edges, strength=0.8):
+            pipe("a red cube", height=512, width=512)
+
+    In the `with` block the condition encoders' features are added to the denoiser's embedded input, and the
+    adapters turn its layers. Outside of it, without a map, or at strength 0 the pipeline gives what it gives
+    without adapters, bit for bit. The base's weights never change, except by `fuse`.
+
+    Args:
+        pipe: a pipeline around a FluxTransformer2DModel.
+
+    Raises:
+        UserError: the pipeline's denoiser is of no known family.
+    """
+
+    def __init__(self, pipe: Pipeline) -> None:
+        self.family = family_of(pipe)
+        self._pipe = pipe
+        self._denoiser = self.family.denoiser(pipe)
+        self._adapters: dict[str, Adapter] = {}
+        self._hooks: list[Any] = []
+        self._inside = False
+        self._features: Features | None = None
+
+    # Adapters.
+
+    @property
+    def adapters(self) -> dict[str, AdapterInfo]:
+        """The adapters by name, in the order in which they were added, which is that of their rotations."""
+        return {name: adapter.info for name, adapter in self._adapters.items()}
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: PeftConfig,
+        *,
+        condition: str | None = None,
+        encoder: EncoderConfig | None = None,
+    ) -> None:
+        """Add a new adapter and its condition encoder, both trainable and in float32.
+
+        Args:
+            adapter_name: a new name: letters, digits, "_" and "-".
+            config: of LoCO or of any peft method for layers; it is not changed.
+            condition: what it is trained for; default: `adapter_name`.
+            encoder: settings of the encoder; default: EncoderConfig().
+
+        Raises:
+            UserError: the name is taken or not usable, the config does not fit the denoiser or would change
+                the base, an adapter is fused, or a `with controller(...)` is open.
+        """
+        settings = encoder or EncoderConfig()
+        self._attach(adapter_name, config, condition or adapter_name, self._new_encoder(settings), {})
+
+    def load_adapter(self, path_or_hub_id: str | os.PathLike[str], adapter_name: str | None = None) -> str:
+        """Load an adapter that `save_adapter` wrote; it is frozen until `trainable_parameters` is called.
+
+        Args:
+            path_or_hub_id: the adapter's folder, or the id of a Hugging Face Hub repository that holds it.
+            adapter_name: what to call it; default: the condition it was trained for.
+
+        Returns:
+            The adapter's name.
+
+        Raises:
+            UserError: files are missing or damaged, the adapter belongs to another base model, its weights
+                are not finite or do not fit, or for what `add_adapter` refuses. The pipeline stays as it was.
+        """
+        folder = adapter_folder.find(path_or_hub_id)
+        content = adapter_folder.read(folder)
+        adapter_folder.check_base(folder, content.control.base, self._base())
+        encoder = self._new_encoder(content.control.encoder)
+        try:
+            encoder.load_state_dict(content.encoder)
+        except RuntimeError as error:
+            raise UserError(
+                f"The condition encoder in {folder} does not match its configuration; save the adapter again."
+            ) from error
+        name = adapter_name or content.control.condition
+        self._attach(name, content.method, content.control.condition, encoder, content.adapter)
+        for parameter in [*layers.parameters_of(self._denoiser, name), *encoder.parameters()]:
+            parameter.requires_grad_(False)
+        return name
+
+    def save_adapter(self, folder: str | os.PathLike[str], adapter_name: str) -> Path:
+        """Write an adapter to a folder of its own, atomically; an adapter that is there is replaced.
+
+        The folder has peft's two files, which PeftModel.from_pretrained reads too, and the condition encoder.
+
+        Returns:
+            The folder.
+
+        Raises:
+            UserError: the name is unknown, the folder holds something else or cannot be written, or weights
+                are not finite.
+        """
+        adapter = self._known(adapter_name)
+        content = AdapterFolder(
+            method=layers.config_of(self._denoiser, adapter_name),
+            control=ControlConfig(
+                condition=adapter.info.condition, encoder=adapter.info.encoder, base=self._base()
+            ),
+            adapter=layers.weights_of(self._denoiser, adapter_name),
+            encoder=dict(adapter.encoder.state_dict()),
+        )
+        return adapter_folder.write(Path(folder).expanduser(), content)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter out; after the last one the denoiser has its own layers only.
+
+        Raises:
+            UserError: the name is unknown, an adapter is fused, or a `with controller(...)` is open.
+        """
+        self._known(adapter_name)
+        self._check_idle()
+        layers.remove(self._denoiser, adapter_name)
+        del self._adapters[adapter_name]
+        if not self._adapters:
+            self._remove_hooks()
+
+    def trainable_parameters(self, adapter_name: str) -> dict[str, list[nn.Parameter]]:
+        """The parameters under "adapter" and "encoder", switched to requires_grad, also after `load_adapter`.
+
+        Raises:
+            UserError: the name is unknown.
+        """
+        encoder = self._known(adapter_name).encoder
+        groups = {
+            "adapter": layers.parameters_of(self._denoiser, adapter_name),
+            "encoder": list(encoder.parameters()),
+        }
+        for parameter in (p for group in groups.values() for p in group):
+            parameter.requires_grad_(True)
+        return groups
+
+    # Merging.
+
+    def fuse(self, adapter_name: str, strength: float = 1.0) -> None:
+        """Write an adapter into the base weights: control then costs one addition per denoiser call.
+
+        The condition still has to be given in `with controller(...)`, at this strength. Unlike an adapter
+        that is not fused, it stays in the weights without a condition. Several can be fused.
+
+        Raises:
+            UserError: the name is unknown, the strength is 0, not finite or not possible for the method, the
+                base weights cannot be merged (quantised), or a `with controller(...)` is open.
+        """
+        check_strength(adapter_name, self._known(adapter_name), strength)
+        if strength == 0:
+            raise UserError(f"The adapter {adapter_name!r} cannot be fused at strength 0; leave it unfused.")
+        self._check_outside()
+        wanted = {**self._fused(), adapter_name: strength}
+        self.unfuse()
+        try:
+            for name, adapter in self._adapters.items():  # rotations do not commute: the order of the unfused
+                if name in wanted:
+                    layers.merge(self._denoiser, name, wanted[name])
+                    adapter.fused = wanted[name]
+        except Exception:
+            layers.unmerge(self._denoiser, self._adapters)
+            for adapter in self._adapters.values():
+                adapter.fused = None
+            raise
+
+    def unfuse(self) -> None:
+        """Take all fused adapters out of the base weights, exact up to the rounding of the weights' dtype.
+
+        Raises:
+            UserError: a `with controller(...)` is open.
+        """
+        self._check_outside()
+        if self._fused():
+            layers.unmerge(self._denoiser, self._adapters)
+            for adapter in self._adapters.values():
+                adapter.fused = None
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """In the block the denoiser has its own layers only, as `save_pretrained` needs it.
+
+        Raises:
+            UserError: an adapter is fused, or a `with controller(...)` is open.
+        """
+        self._check_idle()
+        with layers.without_layers(self._denoiser):
+            yield
+
+    # Control.
+
+    def __call__(
+        self,
+        control: Mapping[str, ConditionMap] | None = None,
+        /,
+        *,
+        strength: float | Mapping[str, float] = 1.0,
+        keep: Tensor | None = None,
+        **named_maps: ConditionMap,
+    ) -> AbstractContextManager[None]:
+        """The context in which the pipeline, or its denoiser alone, is controlled.
+
+        For training, the backward pass must be in the block, too.
+
+        Args:
+            control: ready condition maps by adapter name; each is a PIL picture, a list of them (a batch), or
+                a float tensor (B, 3, H, W) in [0, 1], of the size of the picture to draw. B is 1 or divides
+                the number of pictures.
+            strength: factor on features and angles; one for all, or by name (default 1). 0 is no control.
+            keep: (B,) bool for training, False where the features of a row are dropped.
+            named_maps: as `control`; both may be given.
+
+        Raises:
+            UserError: a name is unknown or given twice, a map or strength is not usable, only some adapters
+                are fused, or the pipeline's adapters are disabled. In the block, when the denoiser runs: a map
+                is for another size, or there are more maps than pictures.
+        """
+        given = dict(control or {})
+        for name in given.keys() & named_maps.keys():
+            raise UserError(f"The map for {name!r} is given twice; give it once.")
+        given |= named_maps
+        for name in given:
+            self._known(name)
+        strengths = resolve_strengths(self._adapters, given, strength)
+        side = self.family.token_pixels(self._pipe)
+        maps = {name: map_tensor(given[name], name, side) for name in self._adapters if name in given}
+        batches = {len(m) for m in maps.values()} | ({len(keep)} if keep is not None and maps else set())
+        if len(batches - {1}) > 1:
+            listed = " and ".join(str(batch) for batch in sorted(batches))
+            raise UserError(f"The condition maps come in batches of {listed}; give the same number of each.")
+        return self._controlled({n: m for n, m in maps.items() if strengths[n] != 0}, strengths, keep)
+
+    @contextmanager
+    def _controlled(
+        self, maps: dict[str, Tensor], strengths: dict[str, float], keep: Tensor | None
+    ) -> Iterator[None]:
+        self._check_outside()
+        fused = self._fused()
+        turning = {name: strengths[name] for name in maps if name not in fused}
+        if turning and fused:
+            raise UserError(
+                f"The adapter {next(iter(turning))!r} is not fused, but {next(iter(fused))!r} is; "
+                "fuse both or call unfuse()."
+            )
+        if turning and any(layer.disable_adapters for _, layer in layers.layers_of(self._denoiser)):
+            raise UserError("The pipeline's adapters are disabled; call pipe.enable_lora() first.")
+        self._inside = True
+        try:
+            if maps:
+                inputs = {name: self._input(name, maps[name], strengths[name]) for name in maps}
+                self._features = Features(inputs, self.family.token_pixels(self._pipe), keep)
+            with layers.activated(self._denoiser, turning):
+                yield
+        finally:
+            self._features = None
+            self._inside = False
+
+    def _input(self, name: str, maps: Tensor, strength: float) -> ConditionInput:
+        side = self.family.token_pixels(self._pipe)
+        grid = (maps.shape[-2] // side, maps.shape[-1] // side)
+        encoder = self._adapters[name].encoder
+        if encoder.config.input == "pixels":
+            tokens = pixel_tokens(maps, side)
+        else:
+            # Here and not in the denoiser's call: with offloading, calling the VAE sends the denoiser away.
+            tokens = self.family.pack(self.family.encode_pictures(self._pipe, maps))
+        return ConditionInput(tokens, grid, strength, encoder)
+
+    # Hooks: they stay while there are adapters, because compiled models ignore hooks that come later.
+
+    def _install_hooks(self) -> None:
+        input_layer = self.family.input_layer(self._denoiser)
+        if isinstance(input_layer, BaseTunerLayer):  # the wrapper would take the hook with it
+            input_layer = input_layer.get_base_layer()
+        self._hooks = [
+            self._denoiser.register_forward_pre_hook(self._before_denoiser, with_kwargs=True),
+            input_layer.register_forward_hook(self._after_input_layer),
+        ]
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    @torch.compiler.disable
+    def _before_denoiser(self, module: nn.Module, args: tuple[Any, ...], arguments: dict[str, Any]) -> None:
+        # Reading the grid waits for the device, so only where it is read once.
+        if self._features is not None and self._features.pending:
+            self._features.drawn_grid = self.family.grid(arguments)
+
+    @torch.compiler.disable
+    def _after_input_layer(self, module: nn.Module, args: tuple[Any, ...], hidden: Tensor) -> Tensor | None:
+        return None if self._features is None else self._features.add(hidden)
+
+    # Checks and construction.
+
+    def _attach(
+        self,
+        name: str,
+        config: PeftConfig,
+        condition: str,
+        encoder: ConditionEncoder,
+        weights: Mapping[str, Tensor],
+    ) -> None:
+        self._check_idle()
+        layers.check_name(self._denoiser, name)
+        layers.inject(self._denoiser, config, name)
+        if weights:
+            try:
+                layers.set_weights(self._denoiser, name, weights)
+            except Exception:
+                layers.remove(self._denoiser, name)
+                raise
+        if not self._hooks:
+            self._install_hooks()
+        info = AdapterInfo(condition, encoder.config, layers.method_name(config))
+        self._adapters[name] = Adapter(info, encoder, layers.has_strength(self._denoiser, name))
+
+    def _new_encoder(self, config: EncoderConfig) -> ConditionEncoder:
+        if config.input == "pixels":
+            in_features = 3 * self.family.token_pixels(self._pipe) ** 2
+        else:
+            in_features = self.family.token_channels(self._denoiser)
+        return ConditionEncoder(in_features, self.family.hidden_size(self._denoiser), config)
+
+    def _base(self) -> BaseDescription:
+        return BaseDescription(
+            denoiser=type(self._denoiser).__name__,
+            config=self.family.base_numbers(self._pipe),
+            name_or_path=adapter_folder.portable_name(self._pipe.config.get("_name_or_path")),
+        )
+
+    def _known(self, name: str) -> Adapter:
+        if name not in self._adapters:
+            raise UserError(f"There is no adapter {name!r}; loaded are {listed(self._adapters)}.")
+        return self._adapters[name]
+
+    def _fused(self) -> dict[str, float]:
+        return {n: adapter.fused for n, adapter in self._adapters.items() if adapter.fused is not None}
+
+    def _check_outside(self) -> None:
+        if self._inside:
+            raise UserError("`with controller(...)` is open; do this outside of it, and give it all maps.")
+
+    def _check_idle(self) -> None:
+        self._check_outside()
+        for name in self._fused():
+            raise UserError(f"The adapter {name!r} is fused; call unfuse() first.")

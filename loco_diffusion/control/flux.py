@@ -1,0 +1,133 @@
+"""FLUX.1: pipelines around a FluxTransformer2DModel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+
+from loco_diffusion.control.family import Pipeline
+
+MAX_TEXT_LENGTH = 512  # the stock pipeline's limit
+_PATCH = 2  # latent pixels along the side of a token
+_BASE_NUMBERS = (
+    "in_channels",
+    "num_layers",
+    "num_single_layers",
+    "num_attention_heads",
+    "attention_head_dim",
+    "joint_attention_dim",
+    "pooled_projection_dim",
+)
+
+
+class FluxFamily:
+    """The Family of FLUX.1 models; see there for shapes and ranges."""
+
+    def supports(self, pipe: Pipeline) -> bool:
+        return isinstance(_unwrapped(getattr(pipe, "transformer", None)), FluxTransformer2DModel)
+
+    def denoiser(self, pipe: Pipeline) -> nn.Module:
+        model: nn.Module = _unwrapped(pipe.transformer)
+        return model
+
+    def input_layer(self, denoiser: nn.Module) -> nn.Module:
+        layer = denoiser.x_embedder
+        assert isinstance(layer, nn.Module)
+        return layer
+
+    def hidden_size(self, denoiser: nn.Module) -> int:
+        config = _unwrapped(denoiser).config
+        return config.num_attention_heads * config.attention_head_dim
+
+    def token_channels(self, denoiser: nn.Module) -> int:
+        return _unwrapped(denoiser).config.in_channels
+
+    def token_pixels(self, pipe: Pipeline) -> int:
+        return pipe.vae_scale_factor * _PATCH
+
+    def base_numbers(self, pipe: Pipeline) -> dict[str, int]:
+        # Not guidance_embeds: an adapter trained on FLUX.1-dev also works on FLUX.1-schnell.
+        config = _unwrapped(pipe.transformer).config
+        return {name: config[name] for name in _BASE_NUMBERS} | {"token_pixels": self.token_pixels(pipe)}
+
+    def grid(self, arguments: Mapping[str, Any]) -> tuple[int, int] | None:
+        ids = arguments.get("img_ids")
+        if not isinstance(ids, Tensor):
+            return None
+        _, rows, columns = (ids.reshape(-1, 3).amax(0) + 1).tolist()
+        return int(rows), int(columns)
+
+    def pack(self, latents: Tensor) -> Tensor:
+        return nn.functional.pixel_unshuffle(latents, _PATCH).flatten(2).mT
+
+    def unpack(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        grid = tokens.mT.unflatten(2, (height // _PATCH, width // _PATCH))
+        return nn.functional.pixel_shuffle(grid, _PATCH)
+
+    @torch.no_grad()
+    def encode_pictures(self, pipe: Pipeline, pictures: Tensor) -> Tensor:
+        vae = pipe.vae
+        # The pipeline's device and not the VAE's, which with offloading is elsewhere until it is called.
+        scaled = (pictures * 2 - 1).to(pipe._execution_device, vae.dtype)
+        latents = vae.encode(scaled).latent_dist.mode().float()
+        return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+    def text_length(self, pipe: Pipeline) -> int:
+        """The T5 tokenizer's limit; 512 where it has none or a greater one."""
+        tokenizer = getattr(pipe, "tokenizer_2", None)
+        return MAX_TEXT_LENGTH if tokenizer is None else min(MAX_TEXT_LENGTH, tokenizer.model_max_length)
+
+    @torch.no_grad()
+    def encode_prompts(self, pipe: Pipeline, prompts: list[str]) -> dict[str, Tensor]:
+        """prompt_embeds (B, L, D), pooled_prompt_embeds (B, P) and text_ids (L, 3)."""
+        embeds, pooled, ids = pipe.encode_prompt(
+            prompt=prompts, prompt_2=None, max_sequence_length=self.text_length(pipe)
+        )
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "text_ids": ids}
+
+    def predict(
+        self,
+        denoiser: nn.Module,
+        latents: Tensor,
+        sigma: Tensor,
+        text: Mapping[str, Tensor],
+        guidance: float | None = None,
+    ) -> Tensor:
+        model = _unwrapped(denoiser)
+        batch, _, height, width = latents.shape
+        scale = None
+        if model.config.guidance_embeds:
+            scale = torch.full((batch,), 1.0 if guidance is None else guidance, device=latents.device)
+        velocity = denoiser(
+            hidden_states=self.pack(latents).to(model.dtype),
+            timestep=sigma.to(latents.device, model.dtype),  # the model itself multiplies by 1000
+            guidance=scale,
+            pooled_projections=text["pooled_prompt_embeds"].to(model.dtype),
+            encoder_hidden_states=text["prompt_embeds"].to(model.dtype),
+            txt_ids=text["text_ids"],
+            img_ids=_image_ids(height // _PATCH, width // _PATCH, text["text_ids"]),
+            return_dict=False,
+        )[0]
+        return self.unpack(velocity, height, width)
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model inside torch.compile's and DistributedDataParallel's wrappers."""
+    for attribute in ("module", "_orig_mod"):
+        inner = getattr(model, attribute, None)
+        if isinstance(inner, nn.Module):
+            model = inner
+    return model
+
+
+def _image_ids(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Positions (tokens, 3) of image tokens, row by row: 0, row, column."""
+    axes = (
+        torch.zeros(1, device=like.device),
+        *(torch.arange(n, device=like.device, dtype=torch.float32) for n in (rows, columns)),
+    )
+    return torch.cartesian_prod(*axes).to(like.dtype)

@@ -1,0 +1,138 @@
+"""Recipe of the packaged base model: a Flux-shaped DiT and its text encoders, trained together on scenes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from loco_diffusion.control.flux import FluxFamily
+from loco_diffusion.data.scenes import TRAIN_SEEDS, sample_scene
+from loco_diffusion.embedded.loop import train
+from loco_diffusion.embedded.pictures import rendered_scenes
+from loco_diffusion.embedded.text import CLIP_LENGTH, build_text_encoders, build_tokenizers, share_capitals
+
+SCENES, BATCH, TEXT_DROPOUT = 20_000, 48, 0.1
+
+
+def build_base(steps: int, vae: AutoencoderKL, runs: Path, device: str) -> FluxPipeline:
+    """Train the transformer with its text encoders (or take them from their last checkpoint)."""
+    pipe = untrained_pipeline(vae.to(device))
+    model = nn.ModuleDict(
+        {
+            "transformer": pipe.transformer.to(device),
+            "text_encoder": pipe.text_encoder.to(device),
+            "text_encoder_2": pipe.text_encoder_2.to(device),
+        }
+    ).train()
+    latents = _latents(pipe, runs)
+    clip_ids, t5_ids = _tokens(pipe, [sample_scene(seed).caption for seed in TRAIN_SEEDS[:SCENES]] + [""])
+
+    def loss_of_step(step: int) -> torch.Tensor:
+        rng = np.random.default_rng(step)
+        chosen = torch.from_numpy(rng.integers(SCENES, size=BATCH))
+        told = torch.where(torch.from_numpy(rng.random(BATCH) < TEXT_DROPOUT), SCENES, chosen)  # SCENES: no text
+        with torch.autocast(device, torch.bfloat16):
+            text = _read(model, clip_ids[told].to(device), t5_ids[told].to(device))
+            return _loss(model["transformer"], latents[chosen].to(device).float(), text)
+
+    train(runs / "base", model, _optimizers(model), loss_of_step, steps)
+    share_capitals(pipe.tokenizer_2, pipe.text_encoder_2)
+    model.eval()
+    return pipe
+
+
+def untrained_pipeline(vae: AutoencoderKL) -> FluxPipeline:
+    """The pipeline around `vae` with fresh text encoders and a fresh transformer of about 11 M parameters."""
+    clip, t5 = build_tokenizers()
+    text_encoder, text_encoder_2 = build_text_encoders(clip, t5)
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4 * vae.config.latent_channels,
+        num_layers=2,
+        num_single_layers=6,
+        attention_head_dim=64,
+        num_attention_heads=4,
+        joint_attention_dim=text_encoder_2.config.d_model,
+        pooled_projection_dim=text_encoder.config.hidden_size,
+        guidance_embeds=False,
+        axes_dims_rope=(8, 28, 28),
+    )
+    _start_at_identity(transformer)
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=clip,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=t5,
+        transformer=transformer,
+    )
+
+
+def _start_at_identity(transformer: FluxTransformer2DModel) -> None:
+    """Zero the modulations and the output layer (adaLN-Zero, DiT, arXiv 2212.09748 section 3.2)."""
+    for name, module in transformer.named_modules():
+        if name.endswith(("norm.linear", "norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")):
+            if name.endswith("proj_out") and name != "proj_out":
+                continue  # the single blocks' own output layers
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+def _optimizers(model: nn.ModuleDict) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the transformer's blocks, AdamW for everything else."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        inside = "transformer_blocks." in name and parameter.ndim == 2 and "norm" not in name
+        (matrices if inside else others).append(parameter)
+    muon = torch.optim.Muon(matrices, lr=2e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01)]
+
+
+def _read(model: nn.ModuleDict, clip_ids: torch.Tensor, t5_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {
+        "pooled_prompt_embeds": model["text_encoder"](clip_ids).pooler_output,
+        "prompt_embeds": model["text_encoder_2"](t5_ids)[0],
+        "text_ids": torch.zeros(t5_ids.shape[1], 3, device=t5_ids.device),
+    }
+
+
+def _loss(transformer: nn.Module, clean: torch.Tensor, text: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Flow matching with logit-normal times (SD3, arXiv 2403.03206, equations 14 and 19)."""
+    noise = torch.randn_like(clean)
+    sigma = torch.sigmoid(torch.randn(len(clean), device=clean.device))
+    mixed = torch.lerp(clean, noise, sigma[:, None, None, None])
+    velocity = FluxFamily().predict(transformer, mixed, sigma, text)
+    return nn.functional.mse_loss(velocity.float(), noise - clean)
+
+
+def _tokens(pipe: FluxPipeline, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids of the captions for both encoders, padded as the pipeline pads them."""
+
+    def ids(tokenizer, length: int) -> torch.Tensor:
+        told = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return told.input_ids
+
+    return ids(pipe.tokenizer, CLIP_LENGTH), ids(pipe.tokenizer_2, pipe.tokenizer_2.model_max_length)
+
+
+def _latents(pipe: FluxPipeline, runs: Path) -> torch.Tensor:
+    """Normalised latents (SCENES, 16, 16, 16) of the training scenes, float16, kept beside the checkpoints."""
+    path = runs / "base" / "latents.safetensors"
+    if path.exists():
+        return load_file(path)["latents"]
+    pictures, _ = rendered_scenes(TRAIN_SEEDS[:SCENES], runs)
+    parts = [
+        FluxFamily().encode_pictures(pipe, part.float() / 255).half().cpu()
+        for part in track(pictures.split(32), description=f"Encoding {SCENES} scenes")
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"latents": torch.cat(parts)}, path)
+    return torch.cat(parts)

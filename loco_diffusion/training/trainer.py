@@ -1,0 +1,344 @@
+"""The training loop: any peft method, any condition, any supported base, one code path."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from loco_diffusion.conditions import get_condition
+from loco_diffusion.control.family import family_of
+from loco_diffusion.errors import UserError
+from loco_diffusion.training.build import build_controller, build_pipeline, build_source
+from loco_diffusion.training.checkpoints import (
+    load_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+)
+from loco_diffusion.training.config import TrainingConfig
+from loco_diffusion.training.examples import Batch, Examples, Loaded
+from loco_diffusion.training.interruption import Interruption
+from loco_diffusion.training.journal import Journal, progress_bar
+from loco_diffusion.training.output import OutputFolder
+from loco_diffusion.training.schedules import batch_indices, draws_of, learning_rate_factor
+
+_AGREE_EVERY = 10  # steps between the processes' agreements on a stop request
+
+
+def train(config: TrainingConfig, resume: bool = False) -> Path:
+    """Train an adapter; `accelerate launch` makes it several processes.
+
+    On the CPU a run that was stopped at any moment and resumed ends bit for bit like an uninterrupted one:
+    everything random in a step comes from the seed and the step's number.
+
+    Args:
+        config: of the run.
+        resume: continue from the newest checkpoint of `config.output`, if there is one.
+
+    Returns:
+        The adapter's folder, `<output>/adapter`.
+
+    Raises:
+        UserError: the configuration asks for something that does not exist or does not fit, the output holds
+            another run, a checkpoint cannot be written, or the loss became NaN or infinite (the last
+            checkpoint is intact then).
+        KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, when a checkpoint is written.
+    """
+    AcceleratorState._reset_state()  # a second run in this process may want another precision
+    try:
+        accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    except ValueError as error:
+        raise UserError(f"mixed_precision {config.mixed_precision} is impossible here ({error}).") from error
+    source = build_source(config.data)
+    identity = {
+        "config": config.model_dump(mode="json"),
+        "pictures": len(source),
+        "processes": accelerator.num_processes,
+    }
+    output = OutputFolder(Path(config.output))
+    checkpoint = output.check(identity, resume)
+    accelerator.wait_for_everyone()  # all have looked before the first writes
+    pipe: Any = build_pipeline(config)
+    torch.manual_seed(config.seed)  # of the adapter's initial weights
+    controller = build_controller(config, pipe)
+    family = family_of(pipe)
+    denoiser = family.denoiser(pipe)
+    modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    frozen = [part for part in modules if part is not denoiser]
+    _move(frozen, accelerator.device)
+    process = (accelerator.process_index, accelerator.num_processes)
+    condition = get_condition(config.condition)
+    examples = Examples(config, source, condition, family, pipe, accelerator.device, process)
+    with progress_bar(accelerator.is_main_process) as progress:
+        examples.prepare(progress)
+        if examples.cached and config.encoder.input == "pixels":
+            _move(frozen, torch.device("cpu"))
+        _move([denoiser], accelerator.device)
+        denoiser.train()
+        training = _Training(config, accelerator, controller, examples, output, identity)
+        if checkpoint is not None:
+            training.load(checkpoint)
+        training.run(progress)
+    denoiser.eval()
+    if accelerator.is_main_process:
+        controller.save_adapter(output.adapter, config.condition)
+    accelerator.wait_for_everyone()
+    return output.adapter
+
+
+def _move(modules: list[nn.Module], device: torch.device) -> None:
+    for module in modules:
+        module.to(device)
+
+
+class _Training:
+    """The state of a run between two steps, and how a step changes it."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        accelerator: Accelerator,
+        controller: Any,
+        examples: Examples,
+        output: OutputFolder,
+        identity: dict[str, Any],
+    ) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.controller = controller
+        self.examples = examples
+        self.output = output
+        self.identity = identity
+        self.family = examples.family
+        self.denoiser = examples.family.denoiser(examples.pipe)
+        self.parameters: dict[str, list[nn.Parameter]] = controller.trainable_parameters(config.condition)
+        for parameter in self.flat_parameters:  # the optimizer wants them where they will stay
+            parameter.data = parameter.data.to(accelerator.device)
+        self.initial = {name: [p.detach().clone() for p in group] for name, group in self.parameters.items()}
+        self.optimizer = accelerator.prepare(self._make_optimizer())
+        self.step = 0
+        self.loss_sum = torch.zeros((), device=accelerator.device)
+        self.losses = 0
+        self.saved_step = -1
+        self.grad_norm = torch.zeros((), device=accelerator.device)
+
+    @property
+    def flat_parameters(self) -> list[nn.Parameter]:
+        """All that is trained."""
+        return [parameter for group in self.parameters.values() for parameter in group]
+
+    def run(self, progress: Progress) -> None:
+        """Take all steps that are left, with checkpoints, and save the last one."""
+        config, main = self.config, self.accelerator.is_main_process
+        if main:
+            self.output.write_config(config)
+        journal = Journal(self.output.log, self.step, main)
+        task = progress.add_task("Training", total=config.steps, completed=self.step, note="")
+        since, since_step = time.monotonic(), self.step
+        with Interruption() as interruption:
+            if self.step == 0:
+                journal.write({"event": "start", **self._sizes()})
+            for batches in self._steps():
+                loss = self._take_step(batches)
+                self.loss_sum += loss
+                self.losses += 1
+                self.step += 1
+                progress.update(task, completed=self.step)
+                if self.step % config.log_every == 0 or self.step == config.steps:
+                    record = self._report()
+                    took = time.monotonic() - since
+                    record["images_per_second"] = (self.step - since_step) * self._pictures_a_step() / took
+                    since, since_step = time.monotonic(), self.step
+                    journal.write(record)
+                    progress.update(
+                        task, note=f"loss {record['loss']:.4f}, {record['images_per_second']:.1f} images/s"
+                    )
+                stop = self._must_stop(interruption)
+                if stop or self.step % config.checkpoint_every == 0 or self.step == config.steps:
+                    self.save()
+                if stop:
+                    interruption.raise_signal()
+
+    def _steps(self) -> Iterator[Iterator[Batch]]:
+        """The batches of each step that is left; one is read ahead in another thread."""
+        accumulation = self.config.accumulation
+        last = self.config.steps * accumulation
+        first = self.step * accumulation
+        with ThreadPoolExecutor(1) as ahead:
+            pending = ahead.submit(self._load_batch, first) if first < last else None
+
+            def batches(numbers: range) -> Iterator[Batch]:
+                nonlocal pending
+                for number in numbers:
+                    assert pending is not None
+                    loaded = pending.result()
+                    pending = ahead.submit(self._load_batch, number + 1) if number + 1 < last else None
+                    yield self.examples.encode(loaded)
+
+            for start in range(first, last, accumulation):
+                yield batches(range(start, start + accumulation))
+
+    def _load_batch(self, number: int) -> Loaded:
+        config, examples = self.config, self.examples
+        indices = batch_indices(config.seed, number, config.batch_size, examples.shard)
+        return examples.load(indices, draws_of(config.seed, number, self.accelerator.process_index))
+
+    def _take_step(self, batches: Iterator[Batch]) -> Tensor:
+        """One optimizer step; returns its loss, a tensor that was not waited for."""
+        config = self.config
+        # Of dropout inside adapters, which draws from the global generator.
+        torch.manual_seed((config.seed << 32) + self.step * self.accelerator.num_processes + self._process)
+        factor = learning_rate_factor(self.step, config.steps, config.warmup_steps, config.decay)
+        for group, peak in zip(self.optimizer.param_groups, (config.lr, config.encoder_lr), strict=True):
+            group["lr"] = peak * factor
+        total = torch.zeros((), device=self.accelerator.device)
+        for batch in batches:
+            total += self._backward(batch) / config.accumulation
+        self._average_gradients()
+        self.grad_norm = self.accelerator.clip_grad_norm_(self.flat_parameters, config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total
+
+    def _backward(self, batch: Batch) -> Tensor:
+        """Flow-matching loss (Lipman et al. 2023, arXiv 2210.02747) and its gradient.
+
+        At (1 - sigma) latents + sigma noise, the velocity noise - latents is to be predicted.
+        """
+        sigmas = batch.sigmas.view(-1, *[1] * (batch.latents.ndim - 1))
+        noisy = (1 - sigmas) * batch.latents + sigmas * batch.noise
+        # The backward pass belongs into the context, where recomputed layers find the same condition.
+        with self.controller({self.config.condition: batch.maps}, keep=batch.keep):
+            with self.accelerator.autocast():
+                velocity = self.family.predict(
+                    self.denoiser, noisy, batch.sigmas, batch.text, guidance=self.config.guidance
+                )
+            loss = nn.functional.mse_loss(velocity.float(), batch.noise - batch.latents)
+            self.accelerator.backward(loss / self.config.accumulation)
+        return loss.detach()
+
+    def _average_gradients(self) -> None:
+        """Over processes, in one message: adapters are small, and the denoiser's hooks stay free of DDP's."""
+        if self.accelerator.num_processes == 1:
+            return
+        parameters = self.flat_parameters
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+        mean = self.accelerator.reduce(flat, "mean")
+        for parameter, part in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    def _report(self) -> dict[str, Any]:
+        """What the log says about the steps since the last report; here the device is waited for.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
+        loss = float(self.accelerator.reduce(self.loss_sum / self.losses, "mean"))
+        self.loss_sum, self.losses = torch.zeros_like(self.loss_sum), 0
+        if not torch.isfinite(torch.tensor(loss)):
+            raise self._diverged()
+        lr, encoder_lr = (group["lr"] for group in self.optimizer.param_groups)
+        changed = {
+            f"{name}_changed": float(
+                torch.stack(
+                    [(p.detach() - start).norm() for p, start in zip(group, self.initial[name], strict=True)]
+                ).norm()
+            )
+            for name, group in self.parameters.items()
+        }
+        record = {"step": self.step, "loss": loss, "lr": lr, "encoder_lr": encoder_lr}
+        return {**record, "grad_norm": float(self.grad_norm), **changed}
+
+    def _sizes(self) -> dict[str, Any]:
+        trainable = {name: sum(p.numel() for p in group) for name, group in self.parameters.items()}
+        return {"trainable": trainable, "pictures": self.identity["pictures"], "cached": self.examples.cached}
+
+    def _pictures_a_step(self) -> int:
+        return self.config.batch_size * self.config.accumulation * self.accelerator.num_processes
+
+    @property
+    def _process(self) -> int:
+        return self.accelerator.process_index
+
+    def _must_stop(self, interruption: Interruption) -> bool:
+        """Whether a signal came; several processes must stop after the same step."""
+        asked = interruption.signal is not None
+        if self.accelerator.num_processes == 1:
+            return asked
+        if self.step % _AGREE_EVERY:
+            return False
+        return bool(self.accelerator.reduce(torch.tensor(float(asked), device=self.accelerator.device)) > 0)
+
+    def save(self) -> None:
+        """Write a checkpoint, unless this step has one.
+
+        Raises:
+            UserError: the weights are not finite, or the disk is full; older checkpoints are intact.
+        """
+        if self.saved_step == self.step:
+            return
+        if not bool(torch.stack([p.isfinite().all() for p in self.flat_parameters]).all()):
+            raise self._diverged()
+        if self.accelerator.is_main_process:
+            tensors: dict[str, Tensor] = {"loss_sum": self.loss_sum}
+            for name, group in self.parameters.items():
+                tensors |= {f"{name}.{i}": parameter for i, parameter in enumerate(group)}
+            tensors |= optimizer_tensors(self.optimizer.optimizer, "optimizer")
+            scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}
+            state = {**self.identity, "losses": self.losses, "scaler": scaler}
+            save_checkpoint(self.output.checkpoints, self.step, tensors, state, self.config.keep_checkpoints)
+        self.saved_step = self.step
+
+    def load(self, checkpoint: Path) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        tensors, state = load_checkpoint(checkpoint)
+        try:
+            with torch.no_grad():
+                for name, group in self.parameters.items():
+                    for i, parameter in enumerate(group):
+                        parameter.copy_(tensors[f"{name}.{i}"])
+            load_optimizer_tensors(self.optimizer.optimizer, tensors, "optimizer")
+            self.loss_sum = tensors["loss_sum"].to(self.accelerator.device)
+            self.losses, self.step = int(state["losses"]), int(state["step"])
+        except (KeyError, RuntimeError) as error:
+            raise UserError(f"Checkpoint {checkpoint} does not fit this run ({error}); delete it.") from error
+        if self.accelerator.scaler is not None and state.get("scaler"):
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.saved_step = self.step
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        config = self.config
+        groups = [
+            {"params": self.parameters["adapter"], "lr": config.lr, "weight_decay": config.weight_decay},
+            {
+                "params": self.parameters["encoder"],
+                "lr": config.encoder_lr,
+                "weight_decay": config.encoder_weight_decay,
+            },
+        ]
+        fused = self.accelerator.device.type in ("cpu", "cuda")  # one kernel instead of ten a tensor
+        return torch.optim.AdamW(groups, betas=config.betas, fused=fused)
+
+    def _diverged(self) -> UserError:
+        newest = self.output.newest_checkpoint()
+        intact = f"; {newest} is intact" if newest else ""
+        return UserError(
+            f"Training diverged before step {self.step} (NaN or infinity){intact}; lower lr "
+            f"(now {self.config.lr:g}) or encoder_lr (now {self.config.encoder_lr:g})."
+        )

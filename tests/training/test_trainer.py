@@ -1,0 +1,209 @@
+"""Training runs of a tiny FLUX: they learn, resume bit for bit, stop cleanly, and never overwrite."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loco_diffusion.control.controller import Controller
+from loco_diffusion.errors import UserError
+from loco_diffusion.training.checkpoints import list_checkpoints
+from loco_diffusion.training.config import TrainingConfig, make_config
+from loco_diffusion.training.trainer import train
+
+
+@pytest.fixture
+def make(flux_folder: Path, tmp_path: Path) -> Any:
+    """A function that makes a small configuration, with changed fields."""
+
+    def config(output: str = "run", **fields: Any) -> TrainingConfig:
+        defaults = {
+            "condition": "canny",
+            "output": str(tmp_path / output),
+            "base": str(flux_folder),
+            "data": {"source": "scenes", "count": 5, "size": 32},
+            "encoder": {"hidden_size": 16},
+            "adapter": {"options": {"r": 1, "num_rotations": 2}},
+            "steps": 4,
+            "batch_size": 2,
+            "checkpoint_every": 1,
+            "keep_checkpoints": 9,
+            "log_every": 2,
+        }
+        return make_config({**defaults, **fields})
+
+    return config
+
+
+def _log(config: TrainingConfig) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(config.output) / "log.jsonl").read_text().splitlines()]
+
+
+def _weights(config: TrainingConfig) -> dict[str, torch.Tensor]:
+    folder = Path(config.output) / "adapter"
+    return {
+        f"{file}.{name}": tensor
+        for file in ("adapter_model", "control_encoder")
+        for name, tensor in load_file(folder / f"{file}.safetensors").items()
+    }
+
+
+def _checkpoints(config: TrainingConfig) -> list[Path]:
+    return list_checkpoints(Path(config.output) / "checkpoints")
+
+
+def test_loss_falls_on_four_pictures(make: Any, flux: Any) -> None:
+    config = make(
+        data={"source": "scenes", "count": 4, "size": 32},
+        adapter={"target_modules": "attention+ff", "options": {"r": 2, "num_rotations": 2}},
+        steps=60,
+        batch_size=8,
+        lr=1e-2,
+        encoder_lr=1e-2,
+        text_dropout=0,
+        condition_dropout=0,
+        checkpoint_every=60,
+        log_every=10,
+    )
+    folder = train(config)
+    start, *points = _log(config)
+    assert start["trainable"]["adapter"] > 0 and start["trainable"]["encoder"] > 0
+    assert [point["step"] for point in points] == [10, 20, 30, 40, 50, 60]
+    assert points[-1]["loss"] < 0.9 * points[0]["loss"]
+    assert all(point["adapter_changed"] > 0 and point["encoder_changed"] > 0 for point in points)
+    assert Controller(flux).load_adapter(folder) == "canny"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {
+            "condition": "mask",
+            "adapter": {"method": "lora", "options": {"r": 2, "lora_dropout": 0.5}},
+            "encoder": {"input": "latents", "hidden_size": 8},
+            "accumulation": 2,
+            "cache_gigabytes": 0,
+            "timesteps": {"sampling": "uniform", "shift": 2},
+            "mixed_precision": "bf16",
+        },
+    ],
+    ids=["loco", "lora-on-the-fly"],
+)
+def test_resumed_equals_uninterrupted(make: Any, fields: dict[str, Any]) -> None:
+    config = make(**fields)
+    train(config)
+    expected, log = _weights(config), _log(config)
+    assert log[0]["cached"] == (not fields)
+    for kill_after in (3, 1):  # 1 and 3 lie between two lines of the log
+        shutil.rmtree(Path(config.output) / "adapter")
+        for checkpoint in _checkpoints(config)[kill_after:]:
+            shutil.rmtree(checkpoint)
+        train(config, resume=True)
+        resumed = _weights(config)
+        assert resumed.keys() == expected.keys()
+        assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+        losses = [line.get("loss") for line in _log(config)]
+        assert losses == [line.get("loss") for line in log]
+
+
+def test_seeds_and_only_seeds_change_the_result(make: Any) -> None:
+    first, same, other = make("a", steps=1), make("b", steps=1), make("c", steps=1, seed=1)
+    for config in (first, same, other):
+        train(config)
+    assert all(torch.equal(value, _weights(same)[name]) for name, value in _weights(first).items())
+    assert any(not torch.equal(value, _weights(other)[name]) for name, value in _weights(first).items())
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_signal_leaves_a_checkpoint_to_resume_from(
+    make: Any, number: signal.Signals, expected: type[BaseException]
+) -> None:
+    config = make(steps=100_000, checkpoint_every=100_000)
+    before = signal.getsignal(number)
+    reached = [0]
+    for resume in (False, True):
+        sender = threading.Thread(target=_signal_after, args=(config, reached[-1], number))
+        sender.start()
+        with pytest.raises(expected):
+            train(config, resume=resume)
+        sender.join()
+        reached.append(int(_checkpoints(config)[-1].name.removeprefix("step-")))
+    assert 0 < reached[1] < reached[2] < config.steps
+    assert signal.getsignal(number) is before
+
+
+def _signal_after(config: TrainingConfig, step: int, number: signal.Signals) -> None:
+    """Send this process a signal when the log has a line of a later step: then the run is listening."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        time.sleep(0.02)
+        path = Path(config.output) / "log.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        if any(json.loads(line).get("step", 0) > step for line in lines if line.endswith("}")):
+            os.kill(os.getpid(), number)
+            return
+
+
+def test_divergence_keeps_the_last_good_checkpoint(make: Any) -> None:
+    config = make(encoder_lr=1e36)
+    with pytest.raises(UserError, match=r"diverged before step 2 .*step-00000001 is intact; lower lr"):
+        train(config)
+    assert [path.name for path in _checkpoints(config)] == ["step-00000001"]
+    tensors = load_file(_checkpoints(config)[0] / "tensors.safetensors")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    assert not (Path(config.output) / "adapter").exists()
+
+
+def test_nothing_is_overwritten(make: Any) -> None:
+    config = make(steps=1)
+    train(config)
+    with pytest.raises(UserError, match=r"holds checkpoints of an earlier run; continue it with --resume"):
+        train(config)
+    changed = make(steps=1, lr=1e-4, data={"source": "scenes", "count": 6, "size": 32}, log_every=7)
+    with pytest.raises(UserError) as caught:
+        train(changed, resume=True)
+    assert "(data.count is 5 there and 6 here; lr is 0.003 there and 0.0001 here; pictures is 5 there" in str(
+        caught.value
+    )
+    assert "log_every" not in str(caught.value)
+    shutil.rmtree(Path(config.output) / "checkpoints")
+    with pytest.raises(UserError, match="holds a finished adapter; choose another output"):
+        train(config, resume=True)
+
+
+def test_damaged_checkpoint_is_named(make: Any) -> None:
+    config = make(steps=1)
+    train(config)
+    (_checkpoints(config)[-1] / "tensors.safetensors").write_bytes(b"short")
+    with pytest.raises(UserError, match=r"step-00000001 cannot be read .* delete it"):
+        train(config, resume=True)
+
+
+def test_impossible_runs_are_refused_before_anything_is_written(make: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"output": "file/run"}, "cannot be made"),
+        ({"base": str(tmp_path / "nowhere")}, "The base .*nowhere cannot be loaded"),
+        ({"data": {"source": "scenes", "size": 40}}, "data.size is 40, .* a multiple of 16; use 32"),
+        ({"data": {"source": "folder", "path": "nowhere"}}, "folder nowhere does not exist"),
+        ({"adapter": {"target_modules": ["to_x"]}}, "to_x"),
+        ({"adapter": {"options": {"r": 40}}}, "exceeds the .* inputs of a target layer"),
+    ]
+    for number, (fields, message) in enumerate(cases):
+        config = make(**{"output": f"run{number}", **fields})
+        with pytest.raises(UserError, match=message):
+            train(config)
+        assert not (Path(config.output) / "log.jsonl").exists()
