@@ -79,7 +79,7 @@ class Controller:
                 the base, an adapter is fused, or a `with controller(...)` is open.
         """
         settings = encoder or EncoderConfig()
-        self._attach(adapter_name, config, condition or adapter_name, self._new_encoder(settings), {})
+        self._attach(adapter_name, config, condition or adapter_name, self._new_encoder(settings), None)
 
     def load_adapter(self, path_or_hub_id: str | os.PathLike[str], adapter_name: str | None = None) -> str:
         """Load an adapter that `save_adapter` wrote; it is frozen until `trainable_parameters` is called.
@@ -239,8 +239,8 @@ class Controller:
 
         Raises:
             UserError: a name is unknown or given twice, a map or strength is not usable, only some adapters
-                are fused, or the pipeline's adapters are disabled. In the block, when the denoiser runs: a map
-                is for another size, or there are more maps than pictures.
+                are fused, or the pipeline's adapters are disabled. In the block, when the denoiser runs: a
+                map is for another size, or there are more maps than pictures.
         """
         given = dict(control or {})
         for name in given.keys() & named_maps.keys():
@@ -253,8 +253,8 @@ class Controller:
         maps = {name: map_tensor(given[name], name, side) for name in self._adapters if name in given}
         batches = {len(m) for m in maps.values()} | ({len(keep)} if keep is not None and maps else set())
         if len(batches - {1}) > 1:
-            listed = " and ".join(str(batch) for batch in sorted(batches))
-            raise UserError(f"The condition maps come in batches of {listed}; give the same number of each.")
+            sizes = " and ".join(str(batch) for batch in sorted(batches))
+            raise UserError(f"The condition maps come in batches of {sizes}; give the same number of each.")
         return self._controlled({n: m for n, m in maps.items() if strengths[n] != 0}, strengths, keep)
 
     @contextmanager
@@ -327,12 +327,12 @@ class Controller:
         config: PeftConfig,
         condition: str,
         encoder: ConditionEncoder,
-        weights: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor] | None,
     ) -> None:
         self._check_idle()
         layers.check_name(self._denoiser, name)
         layers.inject(self._denoiser, config, name)
-        if weights:
+        if weights is not None:
             try:
                 layers.set_weights(self._denoiser, name, weights)
             except Exception:

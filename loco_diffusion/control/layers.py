@@ -175,24 +175,28 @@ def set_weights(denoiser: nn.Module, adapter_name: str, weights: Mapping[str, Te
 
 
 def has_strength(denoiser: nn.Module, adapter_name: str) -> bool:
-    """Whether the method can be applied in part: OFT, BOFT and HRA, for example, only warn when scaled."""
+    """Whether the method can be applied in part; OFT, BOFT and HRA, for example, cannot."""
     for _, layer in layers_of(denoiser, adapter_name):
-        scaling = getattr(layer, "scaling", {})
-        before = scaling.get(adapter_name)
+        before = _scaling(layer, adapter_name)
         reached = set()
         for scale in (2.0, 3.0):
             _set_scale(layer, adapter_name, scale)
-            reached.add(scaling.get(adapter_name))
+            reached.add(_scaling(layer, adapter_name))
         if len(reached) == 1:
             return False
-        scaling[adapter_name] = before
+        layer.scaling[adapter_name] = before
     return True
 
 
+def _scaling(layer: Any, adapter_name: str) -> float | None:
+    return getattr(layer, "scaling", {}).get(adapter_name)
+
+
 def _set_scale(layer: Any, adapter_name: str, scale: float) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        layer.set_scale(adapter_name, scale)
+    if _scaling(layer, adapter_name) is not None:
+        with warnings.catch_warnings():  # of methods that have the entry, but no use for it
+            warnings.simplefilter("ignore")
+            layer.set_scale(adapter_name, scale)
 
 
 @contextmanager
@@ -229,7 +233,9 @@ def merge(denoiser: nn.Module, adapter_name: str, strength: float) -> None:
         scaling = dict(getattr(layer, "scaling", {}))
         _set_scale(layer, adapter_name, strength)
         try:
-            layer.merge(adapter_names=[adapter_name])
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already following adapters were merged")
+                layer.merge(adapter_names=[adapter_name])
         finally:
             if scaling:
                 layer.scaling.update(scaling)

@@ -76,8 +76,8 @@ def resize_map(maps: Tensor, condition: str, height: int, width: int) -> Tensor:
 
     - canny: the maximum over the pixels that a new pixel covers (their repetition when enlarging), because
       interpolation turns one-pixel edges gray and picking single pixels loses them.
-    - mask: antialiased, and black wherever a new pixel touches the hidden (black) region, because a blend of
-      hidden and visible pixels is neither.
+    - mask: antialiased among visible pixels only, and black wherever a new pixel touches the hidden (black)
+      region, because a blend of hidden and visible pixels is neither.
     - others: antialiased bilinear interpolation.
 
     The aspect ratio is not kept. To extract a map anew from a picture of the right size is always better.
@@ -96,8 +96,14 @@ def resize_map(maps: Tensor, condition: str, height: int, width: int) -> Tensor:
         return maps
     if condition == "canny":
         return F.adaptive_max_pool2d(maps, size)
-    resized = F.interpolate(maps, size=size, mode="bilinear", antialias=True).clamp(0, 1)
+    resized = _interpolate(maps, size)
     if condition == "mask":
         hidden = (maps.amax(1, keepdim=True) == 0).to(maps)
+        # Hidden pixels are zero; dividing by the visible weight takes them out of the averages.
+        resized = resized / _interpolate(1 - hidden, size).clamp_min(1e-6)
         resized = resized * (1 - F.adaptive_max_pool2d(hidden, size))
-    return resized
+    return resized.clamp(0, 1)
+
+
+def _interpolate(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(maps, size=size, mode="bilinear", antialias=True)

@@ -20,6 +20,7 @@ _NEVER = 1e9
 _BOX, _BOX_TOP = 0.85, 1.6
 _CYLINDER, _CYLINDER_TOP = 0.8, 1.8
 _CONE_TOP = 2.0
+_VISIBLE = 0.06  # a step between neighbours' colours that deserves smoothing
 _SUBPIXELS = ((-0.25, -0.25), (0.25, -0.25), (-0.25, 0.25), (0.25, 0.25))
 
 Vector = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -62,15 +63,17 @@ def _smooth_edges(scenes: SceneTensors, image: torch.Tensor, pixels: torch.Tenso
     jump[..., :-1] = torch.maximum(jump[..., :-1], across)
     jump[:, 1:] = torch.maximum(jump[:, 1:], down)
     jump[:, :-1] = torch.maximum(jump[:, :-1], down)
-    most = int((jump > 0.06).flatten(1).sum(1).max())
+    most = int((jump > _VISIBLE).flatten(1).sum(1).max())
     if most == 0:
         return image
-    # The padding of scenes with fewer edges refines their next-steepest pixels, which does no harm.
-    chosen = jump.flatten(1).topk(most, dim=1).indices
+    steepness, chosen = jump.flatten(1).topk(most, dim=1)
     here = pixels.gather(1, chosen[..., None].expand(-1, -1, 2))
     rays = torch.cat([here + torch.tensor(offset) for offset in _SUBPIXELS], dim=1)
     color = _trace(scenes, rays, height, width)[0].reshape(batch, 3, len(_SUBPIXELS), most).mean(2)
-    flat = image.flatten(2).scatter(2, chosen[:, None].expand(-1, 3, -1), color)
+    flat, where = image.flatten(2), chosen[:, None].expand(-1, 3, -1)
+    # Scenes with fewer edges than the batch's most keep their further pixels, so no scene depends on its batch.
+    color = torch.where(steepness[:, None] > _VISIBLE, color, flat.gather(2, where))
+    flat = flat.scatter(2, where, color)
     return flat.reshape(image.shape)
 
 

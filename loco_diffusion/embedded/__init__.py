@@ -1,1 +1,59 @@
-"""The packaged tiny base model, its depth network and its adapters: loading, and the recipes that made them."""
+"""The packaged tiny base model, its depth network and its adapters, and the recipes that made them.
+
+Everything is in the formats of diffusers, transformers and this library, so the folders below can stand wherever
+a folder of a real model can.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loco_diffusion.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import FluxPipeline
+
+_FOLDER = Path(str(files(__name__)))
+WEIGHTS = _FOLDER / "weights"
+EXAMPLE_PICTURE = _FOLDER / "examples" / "scene.png"
+EXAMPLE_PROMPT = _FOLDER / "examples" / "scene.txt"
+GUIDANCE = 2.5  # classifier-free guidance (true_cfg_scale) that suits the packaged base
+STEPS = 20
+
+
+def packaged_base() -> Path:
+    """Folder of the packaged base model, a FluxPipeline for 128 px pictures."""
+    return _existing(WEIGHTS / "base")
+
+
+def packaged_depth_network() -> Path:
+    """Folder of the packaged depth network, a DepthAnythingForDepthEstimation with its image processor."""
+    return _existing(WEIGHTS / "depth")
+
+
+def packaged_adapter(condition: str) -> Path:
+    """Folder of the packaged LoCO adapter of a condition.
+
+    Raises:
+        UserError: none is packaged for this condition.
+    """
+    return _existing(WEIGHTS / "adapters" / condition)
+
+
+def load_packaged_pipeline(torch_dtype: torch.dtype | None = None) -> FluxPipeline:
+    """The packaged base model as a stock FluxPipeline, in float32 unless another dtype is given."""
+    import torch
+    from diffusers import FluxPipeline
+
+    return FluxPipeline.from_pretrained(packaged_base(), torch_dtype=torch_dtype or torch.float32)
+
+
+def _existing(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise UserError(
+            f"The package has no {folder.relative_to(WEIGHTS)}; reinstall loco-diffusion or give your own folder."
+        )
+    return folder

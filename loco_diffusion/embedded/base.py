@@ -17,7 +17,7 @@ from loco_diffusion.embedded.loop import train
 from loco_diffusion.embedded.pictures import rendered_scenes
 from loco_diffusion.embedded.text import CLIP_LENGTH, build_text_encoders, build_tokenizers, share_capitals
 
-SCENES, BATCH, TEXT_DROPOUT = 20_000, 48, 0.1
+SCENES, BATCH, TEXT_DROPOUT = 12_000, 48, 0.1
 
 
 def build_base(steps: int, vae: AutoencoderKL, runs: Path, device: str) -> FluxPipeline:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -41,17 +41,21 @@ def build_pipeline(config: TrainingConfig) -> DiffusionPipeline:
     Raises:
         UserError: it cannot be loaded.
     """
-    dtype = getattr(torch, config.torch_dtype)
-    if config.base == "packaged":
-        from loco_diffusion.embedded import load_packaged_pipeline
-
-        return load_packaged_pipeline(torch_dtype=dtype)
     from diffusers import DiffusionPipeline
 
+    from loco_diffusion.embedded import load_packaged_pipeline
+
+    dtype = getattr(torch, config.torch_dtype)
     try:
         with warnings.catch_warnings():  # newer versions call it dtype, which older ones do not know
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-            return DiffusionPipeline.from_pretrained(config.base, torch_dtype=dtype)
+            if config.base == "packaged":
+                pipe: Any = load_packaged_pipeline(torch_dtype=dtype)
+            else:
+                pipe = DiffusionPipeline.from_pretrained(config.base, torch_dtype=dtype)
+            return pipe
+    except UserError:
+        raise
     except Exception as error:  # a wrong folder, id, file or connection has many exception types
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(

@@ -245,7 +245,7 @@ class Examples:
 
     @torch.no_grad()
     def _encode_text(self, captions: list[str]) -> dict[str, Tensor]:
-        # Pipelines print every caption that they cut, which is most of them where a text encoder reads little.
+        # Pipelines print every caption that they cut: most of them, where a text encoder reads little.
         loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
         levels = [logger.level for logger in loggers]
         try:

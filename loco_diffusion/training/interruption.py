@@ -11,8 +11,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """A context in which the first SIGINT or SIGTERM is only remembered; a second one acts at once.
+    """A context in which SIGINT and SIGTERM are only remembered; a second SIGINT acts at once.
 
+    A second SIGTERM does not, because launchers of several processes repeat it while a checkpoint is written.
     Signals reach the main thread only; in any other one the context does nothing.
     """
 
@@ -26,7 +27,8 @@ class Interruption:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._restore()
+        for number in self._previous:
+            self._restore(number)
 
     def raise_signal(self) -> None:
         """Do what the remembered signal does by default.
@@ -40,10 +42,11 @@ class Interruption:
         raise SystemExit(128 + signal.SIGTERM)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        self._restore()
+        if self.signal is None:
+            self.signal = number
+        if number == signal.SIGINT:
+            self._restore(number)
 
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._previous = {}
+    def _restore(self, number: int) -> None:
+        handler = self._previous[number]
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)

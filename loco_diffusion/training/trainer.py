@@ -166,6 +166,7 @@ class _Training:
                 if stop or self.step % config.checkpoint_every == 0 or self.step == config.steps:
                     self.save()
                 if stop:
+                    self.accelerator.wait_for_everyone()  # or the launcher ends the one that still writes
                     interruption.raise_signal()
 
     def _steps(self) -> Iterator[Iterator[Batch]]:

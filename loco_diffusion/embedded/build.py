@@ -1,0 +1,103 @@
+"""Rebuild what the package ships: `python -m loco_diffusion.embedded.build STAGE`.
+
+Stages, in the order they need one another: vae, base, depth, adapters, example. Each can be stopped at any moment
+and started again; it goes on from its last checkpoint. An accelerator is used where there is one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from enum import Enum
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from diffusers import AutoencoderKL
+
+from loco_diffusion.embedded import EXAMPLE_PICTURE, EXAMPLE_PROMPT, WEIGHTS, packaged_base
+from loco_diffusion.embedded.base import build_base
+from loco_diffusion.embedded.depth import build_depth
+from loco_diffusion.embedded.vae import build_vae
+
+STEPS = {"vae": 1200, "base": 2400, "depth": 1000}
+EXAMPLE_SEED = 20_000_004
+ADAPTERS = ("canny", "depth", "mask", "colorization", "deblur")
+
+
+class Stage(str, Enum):
+    vae = "vae"
+    base = "base"
+    depth = "depth"
+    adapters = "adapters"
+    example = "example"
+
+
+def main(
+    stage: Stage,
+    runs: Annotated[Path, typer.Option(help="Checkpoints and rendered scenes.")] = Path("runs/embedded"),
+    out: Annotated[Path, typer.Option(help="Where the finished weights go.")] = WEIGHTS,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, if not the recipe's own.")] = None,
+) -> None:
+    """Build one part of the packaged world."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    count = steps or STEPS.get(stage.value, 0)
+    if stage is Stage.vae:
+        vae = build_vae(count, runs, device)
+        _replace(runs / "vae" / "final", vae.save_pretrained)
+    elif stage is Stage.base:
+        built = runs / "vae" / "final"
+        vae = AutoencoderKL.from_pretrained(built if built.exists() else packaged_base() / "vae")
+        pipe = build_base(count, vae, runs, device)
+        _replace(out / "base", pipe.to("cpu", torch.float16).save_pretrained)
+    elif stage is Stage.depth:
+        network, processor = build_depth(count, runs, device)
+        _replace(out / "depth", network.to("cpu", torch.float16).save_pretrained, processor.save_pretrained)
+    elif stage is Stage.adapters:
+        _build_adapters(runs, out)
+    else:
+        _draw_example()
+
+
+def _replace(folder: Path, *writers: Callable[[Path], object]) -> None:
+    """Write a folder under another name and put it in its place when it is whole."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for write in writers:
+        write(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def _build_adapters(runs: Path, out: Path) -> None:
+    from loco_diffusion.training.config import load_config
+    from loco_diffusion.training.trainer import train
+
+    for condition in ADAPTERS:
+        config = load_config(Path(str(files("loco_diffusion.embedded"))) / "adapters" / f"{condition}.yaml")
+        config = config.model_copy(update={"output": str(runs / "adapters" / condition)})
+        trained = train(config, resume=True)
+        _replace(
+            out / "adapters" / condition,
+            lambda folder, trained=trained: shutil.copytree(trained, folder, dirs_exist_ok=True),
+        )
+
+
+def _draw_example() -> None:
+    """The picture and prompt that quickstart and the demo begin with: a scene that no training has seen."""
+    from loco_diffusion.data.render import render
+    from loco_diffusion.data.scenes import sample_scene
+    from loco_diffusion.images import save_image, to_pil
+
+    scene = sample_scene(EXAMPLE_SEED)
+    EXAMPLE_PICTURE.parent.mkdir(exist_ok=True)
+    save_image(to_pil(render([scene]).image[0]), EXAMPLE_PICTURE)
+    EXAMPLE_PROMPT.write_text(scene.caption + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

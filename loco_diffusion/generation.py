@@ -1,0 +1,271 @@
+"""From names to pictures: load a base and its adapters, and draw pictures with and without control.
+
+    session = open_session()
+    session.load_adapters({"canny": None})
+    picture = session.generate(["a red cube"], [0], maps={"canny": edges})[0]
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from loco_diffusion.control import ConditionMap, Controller, family_of, resize_map
+from loco_diffusion.control.family import Pipeline
+from loco_diffusion.embedded import GUIDANCE, STEPS, load_packaged_pipeline, packaged_adapter
+from loco_diffusion.errors import UserError
+from loco_diffusion.images import to_pil, to_tensor
+
+PACKAGED_SIZE = 128
+"""Side in pixels of the pictures that the packaged base draws."""
+
+MAX_SIDE = 4096
+"""Longest side, in pixels, that a picture may have; no supported base was trained on longer ones."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a picture is drawn.
+
+    Attributes:
+        width: in pixels, a multiple of the base's token size (16).
+        height: as width.
+        steps: denoising steps, at least 1.
+        guidance: the embedded guidance scale of a guidance-distilled base (FLUX.1-dev); of others the scale
+            of classifier-free guidance against the empty prompt, where 1 is none.
+    """
+
+    width: int
+    height: int
+    steps: int
+    guidance: float
+
+
+class Session:
+    """A loaded base model with its controller.
+
+    Attributes:
+        pipe: the stock pipeline.
+        controller: holds the adapters.
+        defaults: the size, steps and guidance that suit the base.
+
+    Raises:
+        UserError: the pipeline's denoiser is of no known family.
+    """
+
+    def __init__(self, pipe: Pipeline, defaults: Sampling) -> None:
+        self.pipe = pipe
+        self.controller = Controller(pipe)
+        self.defaults = defaults
+
+    @property
+    def token_pixels(self) -> int:
+        """What widths and heights must be multiples of."""
+        return self.controller.family.token_pixels(self.pipe)
+
+    def load_adapters(self, adapters: Mapping[str, str | os.PathLike[str] | None]) -> None:
+        """Load an adapter for each condition, under the condition's name.
+
+        Args:
+            adapters: by condition: a folder, a hub id, or None for the packaged adapter.
+
+        Raises:
+            UserError: an adapter is missing or damaged, or was trained for another base or condition.
+        """
+        for condition, source in adapters.items():
+            self.controller.load_adapter(packaged_adapter(condition) if source is None else source, condition)
+            trained_for = self.controller.adapters[condition].condition
+            if trained_for != condition:
+                self.controller.delete_adapter(condition)
+                raise UserError(
+                    f"The adapter {source or 'in the package'} was trained for {trained_for}, not for "
+                    f"{condition}; use it for {trained_for}."
+                )
+
+    def sampling(
+        self,
+        width: int | None = None,
+        height: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> Sampling:
+        """The defaults with changes; width and height are rounded to the nearest usable size.
+
+        Raises:
+            UserError: a number is out of its range.
+        """
+        token = self.token_pixels
+        sides = {"width": width, "height": height}
+        for name, side in sides.items():
+            if side is not None and not token <= side <= MAX_SIDE:
+                raise UserError(f"The {name} must be from {token} to {MAX_SIDE} px, got {side}.")
+        if steps is not None and steps < 1:
+            raise UserError(f"The steps must be at least 1, got {steps}.")
+        if guidance is not None and not 0 <= guidance <= 100:
+            raise UserError(f"The guidance must be from 0 to 100, got {guidance:g}.")
+        rounded = {n: max(token, (s + token // 2) // token * token) for n, s in sides.items() if s is not None}
+        given = {"steps": steps, "guidance": guidance}
+        return replace(self.defaults, **rounded, **{n: v for n, v in given.items() if v is not None})
+
+    def unread_tokens(self, prompt: str) -> int:
+        """How many tokens at the prompt's end the base will not read; 0 for all but very long prompts."""
+        tokenizer = getattr(self.pipe, "tokenizer_2", None) or self.pipe.tokenizer
+        count = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
+        return max(0, count - self.controller.family.text_length(self.pipe))
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        sampling: Sampling | None = None,
+        *,
+        maps: Mapping[str, ConditionMap] | None = None,
+        strength: float | Mapping[str, float] = 1.0,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> list[Image.Image]:
+        """Draw a batch of pictures.
+
+        Args:
+            prompts: one for each picture, "" for a picture of anything.
+            seeds: one for each picture; with the same seed a picture starts from the same noise in any batch
+                and on any device.
+            sampling: default: `defaults`.
+            maps: ready condition maps by adapter name, of the picture's size; none is no control.
+            strength: one for all maps, or by name.
+            on_step: called after each step with the steps done and their total.
+
+        Returns:
+            RGB pictures in the order of the prompts.
+
+        Raises:
+            UserError: a map or strength is not usable, memory does not suffice, or the model's result has NaN.
+        """
+        chosen = sampling or self.defaults
+
+        def report(pipe: Pipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if on_step is not None:
+                on_step(step + 1, chosen.steps)
+            return {}
+
+        try:
+            with torch.inference_mode(), self.controller(maps, strength=strength):
+                drawn = self.pipe(
+                    list(prompts),
+                    height=chosen.height,
+                    width=chosen.width,
+                    num_inference_steps=chosen.steps,
+                    generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                    max_sequence_length=self.controller.family.text_length(self.pipe),
+                    output_type="pt",
+                    callback_on_step_end=report,
+                    **self._guidance(chosen.guidance, len(prompts)),
+                ).images
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"The memory does not suffice for {len(prompts)} pictures of {chosen.width}x{chosen.height} px; "
+                "make them smaller."
+            ) from error
+        return [to_pil(picture) for picture in drawn]
+
+    def _guidance(self, guidance: float, batch: int) -> dict[str, Any]:
+        if self.controller.family.denoiser(self.pipe).config.guidance_embeds:
+            return {"guidance_scale": guidance}
+        return {"true_cfg_scale": guidance, "negative_prompt": [""] * batch}
+
+
+def open_session(model: str | os.PathLike[str] | None = None) -> Session:
+    """Load a base model onto the accelerator, if there is one.
+
+    A model that does not fit into the accelerator's free memory whole is kept in main memory, and its parts
+    are sent over one after the other (diffusers' model offloading).
+
+    Args:
+        model: a folder in diffusers' format or a hub id, computed in bfloat16; None for the packaged base,
+            computed in float32.
+
+    Raises:
+        UserError: the model is missing, damaged or of no known family.
+    """
+    pipe = _load(model)
+    pipe.set_progress_bar_config(disable=True)
+    family_of(pipe)
+    _place(pipe)
+    if model is None:
+        return Session(pipe, Sampling(PACKAGED_SIZE, PACKAGED_SIZE, STEPS, GUIDANCE))
+    side = pipe.default_sample_size * pipe.vae_scale_factor
+    if pipe.transformer.config.guidance_embeds:  # FLUX.1-dev
+        return Session(pipe, Sampling(side, side, steps=28, guidance=3.5))
+    return Session(pipe, Sampling(side, side, steps=4, guidance=1.0))  # FLUX.1-schnell
+
+
+def fit_map(image: Image.Image, condition: str, width: int, height: int) -> Image.Image:
+    """Bring a ready condition map to a picture's size: the centre is cropped to its shape, then resized.
+
+    Args:
+        image: an RGB map of any size.
+        condition: its name, which decides how it is resized: see `loco_diffusion.control.resize_map`.
+        width: in pixels.
+        height: in pixels.
+    """
+    scale = max(width / image.width, height / image.height)
+    crop_width, crop_height = round(width / scale), round(height / scale)
+    left, top = (image.width - crop_width) // 2, (image.height - crop_height) // 2
+    cropped = image.crop((left, top, left + crop_width, top + crop_height))
+    return to_pil(resize_map(to_tensor(cropped)[None], condition, height, width)[0])
+
+
+def _load(model: str | os.PathLike[str] | None) -> Pipeline:
+    if model is None:
+        try:
+            return load_packaged_pipeline()
+        except UserError:
+            raise
+        except Exception as error:  # damaged files have nearly any exception type
+            raise UserError(f"The packaged base is damaged ({_cause(error)}); reinstall the package.") from error
+    name = os.fspath(model)
+    folder = Path(name).expanduser()
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; give the folder of a model in diffusers' format, or a hub id.")
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise UserError(f"{folder} is no model in diffusers' format (it has no model_index.json); give one.")
+    if not folder.is_dir() and not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", name):
+        raise UserError(f"There is no model folder {name}; check the path.")
+    from diffusers import DiffusionPipeline
+
+    try:
+        with warnings.catch_warnings():  # newer versions call it dtype, which older ones do not know
+            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+            return DiffusionPipeline.from_pretrained(
+                str(folder) if folder.is_dir() else name, torch_dtype=torch.bfloat16
+            )
+    except Exception as error:  # a broken file, a wrong id or no connection have many exception types
+        raise UserError(
+            f"The model {name} cannot be loaded ({_cause(error)}); "
+            "give an intact folder in diffusers' format, or a hub id."
+        ) from error
+
+
+def _place(pipe: Pipeline) -> None:
+    """Move a pipeline to the accelerator, whole or part by part."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device is None:
+        return
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    size = sum(parameter.nbytes for part in parts for parameter in part.parameters())
+    if device.type == "cuda" and size > 0.9 * torch.cuda.mem_get_info()[0]:
+        pipe.enable_model_cpu_offload()
+    else:
+        pipe.to(device)
+
+
+def _cause(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
