@@ -82,7 +82,7 @@ class Demo:
             gr.Warning(str(error))
             maps = {}
         sliders = [gr.update(visible=name in picked) for name in self.conditions]
-        return [[(picture, _caption(name)) for name, picture in maps.items()], *sliders]
+        return [[(picture, _word(name)) for name, picture in maps.items()], *sliders]
 
     def generate(
         self,
@@ -215,7 +215,7 @@ def _condition_inputs(conditions: Sequence[str]) -> tuple[gr.CheckboxGroup, list
     first = conditions[:1]
     picked = gr.CheckboxGroup([(_word(n), n) for n in conditions], value=first, label="Keep of the picture")
     strengths = [
-        gr.Slider(0, MAX_STRENGTH, 1, step=0.05, label=f"Strength: {_word(name)}", visible=name in first)
+        gr.Slider(0, MAX_STRENGTH, 1, step=0.05, label=_strength_label(name), visible=name in first)
         for name in conditions
     ]
     return picked, strengths
@@ -223,9 +223,8 @@ def _condition_inputs(conditions: Sequence[str]) -> tuple[gr.CheckboxGroup, list
 
 def _settings(session: Session) -> tuple[gr.Number, gr.Slider, gr.Slider]:
     with gr.Accordion("Settings", open=False):
-        with gr.Row(equal_height=True):
-            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120)
-            another = gr.Button("Another seed", min_width=120)
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
+        another = gr.Button("Another seed", size="sm")
         steps = gr.Slider(1, MAX_STEPS, session.defaults.steps, step=1, label="Steps")
         guidance = gr.Slider(
             0, MAX_GUIDANCE, session.defaults.guidance, step=0.1, label="Guidance by the prompt"
@@ -238,10 +237,10 @@ def _word(condition: str) -> str:
     return WORDS.get(condition, condition)
 
 
-def _caption(condition: str) -> str:
-    """The word, and the name that the command line and the papers use."""
+def _strength_label(condition: str) -> str:
+    """With the name that the command line and the papers use, where it is another word."""
     word = _word(condition)
-    return word if word.lower() == condition else f"{word} ({condition})"
+    return f"Strength: {word}" if word.lower() == condition else f"Strength: {word} ({condition})"
 
 
 def main(
@@ -287,7 +286,7 @@ def _sources(model: str | None, given: Sequence[str]) -> dict[str, str | None]:
 
 
 def _serve(page: gr.Blocks, host: str, port: int) -> None:
-    system_fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     try:
         page.launch(
             server_name=host,
@@ -296,7 +295,7 @@ def _serve(page: gr.Blocks, host: str, port: int) -> None:
             quiet=True,
             ssr_mode=False,
             footer_links=[],
-            theme=gr.themes.Base(**system_fonts),
+            theme=theme,
             css=STYLE,
             prevent_thread_lock=True,
         )

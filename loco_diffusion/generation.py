@@ -1,15 +1,14 @@
 """From names to pictures: load a base and its adapters, and draw pictures with and without control.
 
-    session = open_session()
-    session.load_adapters({"canny": None})
-    picture = session.generate(["a red cube"], [0], maps={"canny": edges})[0]
+session = open_session()
+session.load_adapters({"canny": None})
+picture = session.generate(["a red cube"], [0], maps={"canny": edges})[0]
 """
 
 from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,7 +111,9 @@ class Session:
             raise UserError(f"The steps must be at least 1, got {steps}.")
         if guidance is not None and not 0 <= guidance <= 100:
             raise UserError(f"The guidance must be from 0 to 100, got {guidance:g}.")
-        rounded = {n: max(token, (s + token // 2) // token * token) for n, s in sides.items() if s is not None}
+        rounded = {
+            n: max(token, (s + token // 2) // token * token) for n, s in sides.items() if s is not None
+        }
         given = {"steps": steps, "guidance": guidance}
         return replace(self.defaults, **rounded, **{n: v for n, v in given.items() if v is not None})
 
@@ -147,7 +148,7 @@ class Session:
             RGB pictures in the order of the prompts.
 
         Raises:
-            UserError: a map or strength is not usable, memory does not suffice, or the model's result has NaN.
+            UserError: a map or strength is not usable, memory does not suffice, or the picture has NaN.
         """
         chosen = sampling or self.defaults
 
@@ -157,7 +158,7 @@ class Session:
             return {}
 
         try:
-            with torch.inference_mode(), self.controller(maps, strength=strength):
+            with self.controller(maps, strength=strength):
                 drawn = self.pipe(
                     list(prompts),
                     height=chosen.height,
@@ -171,8 +172,8 @@ class Session:
                 ).images
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"The memory does not suffice for {len(prompts)} pictures of {chosen.width}x{chosen.height} px; "
-                "make them smaller."
+                f"The memory does not suffice for {len(prompts)} x {chosen.width}x{chosen.height} px; "
+                "draw smaller pictures."
             ) from error
         return [to_pil(picture) for picture in drawn]
 
@@ -230,7 +231,9 @@ def _load(model: str | os.PathLike[str] | None) -> Pipeline:
         except UserError:
             raise
         except Exception as error:  # damaged files have nearly any exception type
-            raise UserError(f"The packaged base is damaged ({_cause(error)}); reinstall the package.") from error
+            raise UserError(
+                f"The packaged base is damaged ({_cause(error)}); reinstall the package."
+            ) from error
     name = os.fspath(model)
     folder = Path(name).expanduser()
     if folder.is_file():
@@ -241,12 +244,9 @@ def _load(model: str | os.PathLike[str] | None) -> Pipeline:
         raise UserError(f"There is no model folder {name}; check the path.")
     from diffusers import DiffusionPipeline
 
+    source = str(folder) if folder.is_dir() else name
     try:
-        with warnings.catch_warnings():  # newer versions call it dtype, which older ones do not know
-            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-            return DiffusionPipeline.from_pretrained(
-                str(folder) if folder.is_dir() else name, torch_dtype=torch.bfloat16
-            )
+        return DiffusionPipeline.from_pretrained(source, dtype=torch.bfloat16)
     except Exception as error:  # a broken file, a wrong id or no connection have many exception types
         raise UserError(
             f"The model {name} cannot be loaded ({_cause(error)}); "

@@ -1,4 +1,4 @@
-"""The first run: all conditions of one picture, drawn with control and without, scored and shown side by side."""
+"""The first run: all conditions of one picture, drawn with control and without, scored, side by side."""
 
 from __future__ import annotations
 

@@ -74,8 +74,9 @@ class Features:
     def _sum(self, device: torch.device) -> Tensor:
         total: Tensor | None = None
         for condition in self.inputs.values():
-            encoder = condition.encoder.to(device)
-            features = condition.strength * encoder(condition.tokens.to(device))
+            with torch.inference_mode(False):  # parameters moved in inference mode could never be trained
+                condition.encoder.to(device)
+            features = condition.strength * condition.encoder(condition.tokens.to(device))
             if self.keep is not None:
                 features = features * self.keep.to(device)[:, None, None]
             total = features if total is None else total + features

@@ -358,6 +358,17 @@ def test_adding_keeps_what_is_trainable(flux: FluxPipeline, controller: Controll
     assert all(p.requires_grad for p in controller.trainable_parameters("mask")["adapter"])
 
 
+def test_inference_mode_leaves_it_trainable(flux: FluxPipeline, controller: Controller) -> None:
+    with torch.inference_mode(), controller(canny=condition_map()):
+        expected = draw(flux)
+    with controller(canny=condition_map()):
+        assert torch.equal(draw(flux), expected)
+        predict(flux, controller, batch=1).sum().backward()
+    assert all(
+        p.grad is not None for group in controller.trainable_parameters("canny").values() for p in group
+    )
+
+
 # Refusals.
 
 

@@ -1,0 +1,365 @@
+"""The command line: loco-diffusion generate | train | info | quickstart.
+
+Heavy libraries are imported inside the commands, so that help and usage errors come at once. Every error that
+the user can mend is one line on standard error and exit status 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from loco_diffusion.control_options import check_prompt, parse_adapters, parse_controls, parse_strengths
+from loco_diffusion.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from PIL import Image
+
+    from loco_diffusion.generation import Sampling, Session
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+app = typer.Typer(
+    add_completion=False,
+    invoke_without_command=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line.
+
+    Args:
+        arguments: without the program's name; default: those of the process.
+
+    Returns:
+        The exit status: 0, 2 for an error of the user's, or 130 when interrupted.
+    """
+    given = None if arguments is None else list(arguments)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    try:
+        status = app(given, prog_name="loco-diffusion", standalone_mode=False) or 0
+    except UserError as error:
+        return _fail(str(error), USER_ERROR)
+    except (typer.Abort, KeyboardInterrupt):
+        status = INTERRUPTED
+    except Exception as error:
+        # Typer reports wrong usage by click's exception types, of which newer versions have their own copy.
+        if not hasattr(error, "format_message"):
+            raise
+        return _fail(f"{error.format_message()} See loco-diffusion --help.", USER_ERROR)
+    return _fail("Interrupted.", INTERRUPTED) if status == INTERRUPTED else int(status)
+
+
+@app.callback()
+def _program(context: typer.Context) -> None:
+    """Draw pictures that follow edges, depth, masks, grays or blurs, with orthogonal adapters for frozen
+    diffusion models.
+
+    Begin with [bold]loco-diffusion quickstart[/bold].
+    """
+    if context.invoked_subcommand is None:
+        context.get_help()
+        raise typer.Exit()
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="What to draw.")],
+    control: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CONDITION=PATH", help="Picture to extract a condition from. Repeatable."),
+    ] = None,
+    control_image: Annotated[
+        list[str] | None, typer.Option(metavar="CONDITION=PATH", help="Ready condition map. Repeatable.")
+    ] = None,
+    strength: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CONDITION=NUMBER", help="0 is no control, 1 (default) as trained. Repeatable."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="DIR_OR_HUB_ID", help="Base model; default: the packaged one."),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CONDITION=DIR_OR_HUB_ID", help="Adapter; default: the packaged one. Repeatable."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Picture file to write: png, jpg, webp, bmp or tif.")] = Path(
+        "out.png"
+    ),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: the model's.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: the model's.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise.")] = 0,
+    width: Annotated[int | None, typer.Option(help="In pixels; default: the model's.")] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels; default: the model's.")] = None,
+) -> None:
+    """Draw a picture that follows condition maps.
+
+    CONDITION is canny, depth, mask, colorization or deblur; several work together. Pictures of another shape
+    are cropped around their centre. For example:
+
+    loco-diffusion generate --prompt "a red cube" --control canny=photo.jpg --strength canny=0.8
+    """
+    from loco_diffusion.conditions import get_condition
+    from loco_diffusion.generation import fit_map
+    from loco_diffusion.images import fit, load_image
+
+    pictures, ready = parse_controls(control or [], control_image or [])
+    conditions = [*pictures, *ready]
+    strengths = parse_strengths(strength or [], conditions)
+    adapters = parse_adapters(adapter or [], conditions, model)
+    check_prompt(prompt)
+    for condition in conditions:
+        get_condition(condition)
+    _check_output(out, overwrite)
+    loaded = {condition: load_image(path) for condition, path in (pictures | ready).items()}
+    with _progress() as progress:
+        session = _open_session(progress, model, adapters)
+        sampling = session.sampling(width, height, steps, guidance)
+        if (width or sampling.width, height or sampling.height) != (sampling.width, sampling.height):
+            _note(
+                f"The sides must be multiples of {session.token_pixels} px; "
+                f"drawing {sampling.width}x{sampling.height}."
+            )
+        _note_unread(session, prompt)
+        size = (sampling.width, sampling.height)
+        maps = {c: get_condition(c).extract(fit(loaded[c], *size)) for c in pictures}
+        maps |= {c: fit_map(loaded[c], c, *size) for c in ready}
+        bar = progress.add_task("Drawing", total=sampling.steps)
+        picture = session.generate(
+            [prompt],
+            [seed],
+            sampling,
+            maps=maps,
+            strength=strengths,
+            on_step=lambda step, total: progress.update(bar, completed=step),
+        )[0]
+    _save(picture, out)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What to train; see --fields.")],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the newest checkpoint, if there is one.")
+    ] = False,
+    fields: Annotated[
+        bool,
+        typer.Option(
+            "--fields",
+            is_eager=True,
+            callback=lambda given: _show_fields() if given else None,
+            help="Show what CONFIG.yaml may say, and exit.",
+        ),
+    ] = False,
+) -> None:
+    """Train an adapter for a condition.
+
+    For several devices: accelerate launch -m loco_diffusion.cli train CONFIG.yaml
+    """
+    from loco_diffusion.training.config import load_config
+    from loco_diffusion.training.trainer import train as run_training
+
+    _quiet()
+    folder = run_training(load_config(config), resume)
+    _say(f"Wrote {folder}")
+
+
+@app.command()
+def info(
+    adapter: Annotated[str, typer.Argument(metavar="DIR_OR_HUB_ID", help="Adapter folder or hub id.")],
+) -> None:
+    """Show what is in an adapter folder."""
+    from loco_diffusion.control import adapter_folder
+
+    _quiet()
+    folder = adapter_folder.find(adapter)
+    content = adapter_folder.read(folder)
+    method, control = content.method, content.control
+    targets = method.target_modules  # type: ignore[attr-defined]  # every method for layers has it
+    counts = [sum(t.numel() for t in weights.values()) for weights in (content.adapter, content.encoder)]
+    size = sum((folder / file).stat().st_size for file in adapter_folder.FILES)
+    table = Table.grid(padding=(0, 3))
+    for name, value in {
+        "method": str(getattr(method.peft_type, "value", method.peft_type)).lower(),
+        "condition": control.condition,
+        "base": " ".join(filter(None, (control.base.denoiser, control.base.name_or_path))),
+        "layers": targets if isinstance(targets, str) else ", ".join(sorted(targets)),
+        "settings": ", ".join(_settings(method)),
+        "encoder": f"{control.encoder.input}, {control.encoder.hidden_size} wide",
+        "parameters": f"{sum(counts):,} (adapter {counts[0]:,}, encoder {counts[1]:,})",
+        "files": f"{size / 1e6:.2f} MB",
+    }.items():
+        table.add_row(name, value)
+    Console(markup=False, highlight=False).print(table)
+
+
+@app.command()
+def quickstart(
+    image: Annotated[
+        Path | None, typer.Option(help="Your own picture, a photo too; default: a packaged scene.")
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="What it shows; default: the scene's caption, none for your own picture."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Picture file to write; default: quickstart.png or the next free name."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: the model's.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise.")] = 0,
+) -> None:
+    """Redraw a picture under each of five conditions, with control and without, and compare.
+
+    Everything comes with the package: nothing is downloaded. Writes one picture with all of them.
+    """
+    from loco_diffusion.embedded import EXAMPLE_PICTURE, EXAMPLE_PROMPT
+    from loco_diffusion.images import load_image
+    from loco_diffusion.quickstart import CONDITIONS, compare, comparison_grid
+
+    out = out or _free_name("quickstart")
+    _check_output(out, overwrite)
+    if prompt is not None:
+        check_prompt(prompt)
+    picture = load_image(EXAMPLE_PICTURE if image is None else image)
+    if prompt is None:
+        prompt = EXAMPLE_PROMPT.read_text(encoding="utf-8").strip() if image is None else ""
+    with _progress() as progress:
+        session = _open_session(progress, None, dict.fromkeys(CONDITIONS))
+        sampling = session.sampling(steps=steps)
+        _note_unread(session, prompt)
+        bar = progress.add_task("Drawing", total=(1 + len(CONDITIONS)) * sampling.steps)
+
+        def report(title: str, step: int, total: int) -> None:
+            progress.update(bar, advance=1, description=f"Drawing: {title}")
+
+        comparisons = compare(session, picture, prompt, seed, sampling, report)
+    table = Table("task", "score", "better", "with control", "without control")
+    for c in comparisons:
+        better = "higher" if c.score.higher_is_better else "lower"
+        table.add_row(c.condition, c.score.title, better, f"{c.with_control:.4g}", f"{c.without_control:.4g}")
+    _say(f"prompt: {prompt or 'none, the conditions alone decide'}")
+    Console().print(table)
+    _save(comparison_grid(picture, comparisons), out)
+
+
+def _check_output(out: Path, overwrite: bool) -> None:
+    from loco_diffusion.images import check_output
+
+    if check_output(out).exists() and not overwrite:
+        raise UserError(f"{out} exists; choose another --out, or replace it with --overwrite.")
+
+
+def _free_name(stem: str) -> Path:
+    names = (Path(f"{stem}{number}.png") for number in ("", *(f"-{n}" for n in range(2, 10_000))))
+    return next(name for name in names if not name.exists())
+
+
+def _open_session(progress: Progress, model: str | None, adapters: dict[str, str | None]) -> Session:
+    task = progress.add_task("Loading the model", total=1)
+    from loco_diffusion.generation import open_session
+
+    _quiet()
+    session = open_session(model)
+    session.load_adapters(adapters)
+    progress.update(task, completed=1)
+    return session
+
+
+def _note_unread(session: Session, prompt: str) -> None:
+    unread = session.unread_tokens(prompt)
+    if unread:
+        _note(f"The prompt is too long for this model; its last {unread} tokens are ignored.")
+
+
+def _save(picture: Image.Image, out: Path) -> None:
+    from loco_diffusion.images import save_image
+
+    save_image(picture, out)
+    _say(f"Wrote {out} ({picture.width}x{picture.height} px)")
+
+
+def _settings(method: PeftConfig) -> list[str]:
+    """The method's own settings that are numbers or words."""
+    from peft import PeftConfig
+
+    common = {field.name for field in dataclasses.fields(PeftConfig)} | {"target_modules"}
+    own = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.name not in common}
+    return [
+        f"{name} {value}" for name, value in own.items() if value and isinstance(value, (int, float, str))
+    ]
+
+
+def _show_fields() -> None:
+    from loco_diffusion.training.config import config_help
+
+    typer.echo(config_help())
+    raise typer.Exit()
+
+
+def _progress() -> Progress:
+    """Bars on standard error that vanish when done; nothing where it is no terminal."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+def _quiet() -> None:
+    """Keep the libraries' warnings and bars away: what the user must know we say ourselves."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity(logging.CRITICAL)
+        library.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def _note(text: str) -> None:
+    sys.stderr.write(f"Note: {text}\n")
+
+
+def _fail(text: str, status: int) -> int:
+    sys.stderr.write(f"Error: {' '.join(text.split())}\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
