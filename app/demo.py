@@ -188,7 +188,8 @@ def build(session: Session) -> gr.Blocks:
             [picture, picked],
             [maps, *strengths],
             preprocess=False,
-            show_progress="hidden",
+            show_progress="minimal",
+            show_progress_on=maps,
             api_visibility="private",
         )
         shelf.click(lambda index: samples[index], shelf, [picture, prompt], api_visibility="private")

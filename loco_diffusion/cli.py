@@ -7,25 +7,17 @@ the user can mend is one line on standard error and exit status 2.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import Progress
 from rich.table import Table
 
+from loco_diffusion.console import note, progress_bars, quiet_libraries, run_app, say
 from loco_diffusion.control_options import check_prompt, parse_adapters, parse_controls, parse_strengths
 from loco_diffusion.errors import UserError
 
@@ -33,9 +25,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from PIL import Image
 
-    from loco_diffusion.generation import Sampling, Session
-
-USER_ERROR, INTERRUPTED = 2, 130
+    from loco_diffusion.generation import Session
 
 app = typer.Typer(
     add_completion=False,
@@ -47,29 +37,8 @@ app = typer.Typer(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line.
-
-    Args:
-        arguments: without the program's name; default: those of the process.
-
-    Returns:
-        The exit status: 0, 2 for an error of the user's, or 130 when interrupted.
-    """
-    given = None if arguments is None else list(arguments)
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")
-    try:
-        status = app(given, prog_name="loco-diffusion", standalone_mode=False) or 0
-    except UserError as error:
-        return _fail(str(error), USER_ERROR)
-    except (typer.Abort, KeyboardInterrupt):
-        status = INTERRUPTED
-    except Exception as error:
-        # Typer reports wrong usage by click's exception types, of which newer versions have their own copy.
-        if not hasattr(error, "format_message"):
-            raise
-        return _fail(f"{error.format_message()} See loco-diffusion --help.", USER_ERROR)
-    return _fail("Interrupted.", INTERRUPTED) if status == INTERRUPTED else int(status)
+    """Run `loco-diffusion` with the given arguments, by default the process's; returns the exit status."""
+    return run_app(app, "loco-diffusion", arguments)
 
 
 @app.callback()
@@ -114,7 +83,7 @@ def generate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: the model's.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: the model's.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the noise.")] = 0,
     width: Annotated[int | None, typer.Option(help="In pixels; default: the model's.")] = None,
     height: Annotated[int | None, typer.Option(help="In pixels; default: the model's.")] = None,
 ) -> None:
@@ -138,11 +107,11 @@ def generate(
         get_condition(condition)
     _check_output(out, overwrite)
     loaded = {condition: load_image(path) for condition, path in (pictures | ready).items()}
-    with _progress() as progress:
+    with progress_bars() as progress:
         session = _open_session(progress, model, adapters)
         sampling = session.sampling(width, height, steps, guidance)
         if (width or sampling.width, height or sampling.height) != (sampling.width, sampling.height):
-            _note(
+            note(
                 f"The sides must be multiples of {session.token_pixels} px; "
                 f"drawing {sampling.width}x{sampling.height}."
             )
@@ -185,9 +154,9 @@ def train(
     from loco_diffusion.training.config import load_config
     from loco_diffusion.training.trainer import train as run_training
 
-    _quiet()
+    quiet_libraries()
     folder = run_training(load_config(config), resume)
-    _say(f"Wrote {folder}")
+    say(f"Wrote {folder}")
 
 
 @app.command()
@@ -197,7 +166,7 @@ def info(
     """Show what is in an adapter folder."""
     from loco_diffusion.control import adapter_folder
 
-    _quiet()
+    quiet_libraries()
     folder = adapter_folder.find(adapter)
     content = adapter_folder.read(folder)
     method, control = content.method, content.control
@@ -234,7 +203,7 @@ def quickstart(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: the model's.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the noise.")] = 0,
 ) -> None:
     """Redraw a picture under each of five conditions, with control and without, and compare.
 
@@ -251,7 +220,7 @@ def quickstart(
     picture = load_image(EXAMPLE_PICTURE if image is None else image)
     if prompt is None:
         prompt = EXAMPLE_PROMPT.read_text(encoding="utf-8").strip() if image is None else ""
-    with _progress() as progress:
+    with progress_bars() as progress:
         session = _open_session(progress, None, dict.fromkeys(CONDITIONS))
         sampling = session.sampling(steps=steps)
         _note_unread(session, prompt)
@@ -265,7 +234,7 @@ def quickstart(
     for c in comparisons:
         better = "higher" if c.score.higher_is_better else "lower"
         table.add_row(c.condition, c.score.title, better, f"{c.with_control:.4g}", f"{c.without_control:.4g}")
-    _say(f"prompt: {prompt or 'none, the conditions alone decide'}")
+    say(f"prompt: {prompt or 'none, the conditions alone decide'}")
     Console().print(table)
     _save(comparison_grid(picture, comparisons), out)
 
@@ -286,7 +255,7 @@ def _open_session(progress: Progress, model: str | None, adapters: dict[str, str
     task = progress.add_task("Loading the model", total=1)
     from loco_diffusion.generation import open_session
 
-    _quiet()
+    quiet_libraries()
     session = open_session(model)
     session.load_adapters(adapters)
     progress.update(task, completed=1)
@@ -296,14 +265,14 @@ def _open_session(progress: Progress, model: str | None, adapters: dict[str, str
 def _note_unread(session: Session, prompt: str) -> None:
     unread = session.unread_tokens(prompt)
     if unread:
-        _note(f"The prompt is too long for this model; its last {unread} tokens are ignored.")
+        note(f"The prompt is too long for this model; its last {unread} tokens are ignored.")
 
 
 def _save(picture: Image.Image, out: Path) -> None:
     from loco_diffusion.images import save_image
 
     save_image(picture, out)
-    _say(f"Wrote {out} ({picture.width}x{picture.height} px)")
+    say(f"Wrote {out} ({picture.width}x{picture.height} px)")
 
 
 def _settings(method: PeftConfig) -> list[str]:
@@ -322,43 +291,6 @@ def _show_fields() -> None:
 
     typer.echo(config_help())
     raise typer.Exit()
-
-
-def _progress() -> Progress:
-    """Bars on standard error that vanish when done; nothing where it is no terminal."""
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
-
-
-def _quiet() -> None:
-    """Keep the libraries' warnings and bars away: what the user must know we say ourselves."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for library in (diffusers_logging, transformers_logging):
-        library.set_verbosity(logging.CRITICAL)
-        library.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-
-
-def _note(text: str) -> None:
-    sys.stderr.write(f"Note: {text}\n")
-
-
-def _fail(text: str, status: int) -> int:
-    sys.stderr.write(f"Error: {' '.join(text.split())}\n")
-    return status
 
 
 if __name__ == "__main__":

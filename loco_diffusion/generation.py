@@ -177,6 +177,18 @@ class Session:
             ) from error
         return [to_pil(picture) for picture in drawn]
 
+    @torch.no_grad()
+    def reconstruct(self, pictures: Sequence[Image.Image]) -> list[Image.Image]:
+        """RGB pictures of one size through the base's VAE and back: the best that any control could do.
+
+        Width and height must be multiples of `token_pixels`.
+        """
+        stack = torch.stack([to_tensor(picture) for picture in pictures])
+        vae = self.pipe.vae
+        latents = self.controller.family.encode_pictures(self.pipe, stack) / vae.config.scaling_factor
+        decoded = vae.decode((latents + (vae.config.shift_factor or 0.0)).to(vae.dtype)).sample
+        return [to_pil(picture) for picture in decoded.float() / 2 + 0.5]
+
     def _guidance(self, guidance: float, batch: int) -> dict[str, Any]:
         if self.controller.family.denoiser(self.pipe).config.guidance_embeds:
             return {"guidance_scale": guidance}

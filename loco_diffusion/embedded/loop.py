@@ -81,7 +81,8 @@ def _step(
 
 
 def _save(folder: Path, step: int, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    # Not the state dict: it names tied weights twice, which safetensors refuses. The models here have no other state.
+    tensors = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
     for number, optimizer in enumerate(optimizers):
         tensors |= optimizer_tensors(optimizer, f"optimizer{number}")
     save_checkpoint(folder, step, tensors, {})
@@ -92,8 +93,9 @@ def _resume(folder: Path, model: torch.nn.Module, optimizers: list[torch.optim.O
     if not checkpoints:
         return 0
     tensors, state = load_checkpoint(checkpoints[-1])
-    prefix = "model."
-    model.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[f"model.{name}"])
     for number, optimizer in enumerate(optimizers):
         load_optimizer_tensors(optimizer, tensors, f"optimizer{number}")
     return state["step"]

@@ -24,19 +24,7 @@ UP = ("UpDecoderBlock2D",) * 4
 def build_vae(steps: int, runs: Path, device: str) -> AutoencoderKL:
     """Train the VAE (or take it from its last checkpoint) and measure the scale of its latents."""
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        down_block_types=DOWN,
-        up_block_types=UP,
-        block_out_channels=(16, 32, 64, 64),
-        layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
-        norm_num_groups=NORM_GROUPS,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        sample_size=128,
-        shift_factor=0.0,
-    )
+    vae = untrained_vae()
     pictures, depths = rendered_scenes(TRAIN_SEEDS[:SCENES], runs)
     _start_as_pyramid(vae)
     _fit_ends(vae, pictures[:32].float() / 127.5 - 1)
@@ -50,6 +38,23 @@ def build_vae(steps: int, runs: Path, device: str) -> AutoencoderKL:
     train(runs / "vae", vae, [optimizer], loss_of_step, steps)
     _normalise_latents(vae, pictures[:512])
     return vae
+
+
+def untrained_vae() -> AutoencoderKL:
+    """A fresh VAE of about a million parameters."""
+    return AutoencoderKL(
+        down_block_types=DOWN,
+        up_block_types=UP,
+        block_out_channels=(16, 32, 64, 64),
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=NORM_GROUPS,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        sample_size=128,
+        shift_factor=0.0,
+    )
 
 
 def _start_as_pyramid(vae: AutoencoderKL) -> None:

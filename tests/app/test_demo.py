@@ -146,7 +146,7 @@ def test_a_visitor_redraws_a_picture(page: Page, tmp_path: Path) -> None:
     upload = page.locator("#picture input[type=file]")
     upload.set_input_files(damaged)
     page.get_by_text("damaged.png is damaged").wait_for()
-    page.locator("#picture").get_by_role("button", name="Clear").click()
+    page.locator("#picture").get_by_role("button", name="Remove Image").click()
 
     upload.set_input_files(photo)
     page.get_by_label("Edges", exact=True).check()

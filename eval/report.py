@@ -1,0 +1,170 @@
+"""The Markdown table of a protocol's results."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from settings import Bar, Protocol
+
+from loco_diffusion.errors import UserError
+from loco_diffusion.scoring import SCORES, Score
+
+REFERENCE = "no-control"
+SIMILARITY = ("ssim", "psnr")
+Result = dict[str, Any]
+
+
+def write_table(folder: Path, protocol: Protocol) -> Path:
+    """Write README.md from all results of the whole protocol in a folder.
+
+    Returns:
+        Its path.
+
+    Raises:
+        UserError: a result is damaged, or the folder is missing.
+    """
+    if not folder.is_dir():
+        raise UserError(f"There are no results in {folder}; run an experiment first.")
+    results = [_read(path) for path in sorted(folder.glob("*.json"))]
+    whole = [r for r in results if r["run_info"]["settings"]["pictures"] == protocol.pictures]
+    return write_text(folder / "README.md", _render(whole, protocol))
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file atomically; returns its path."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def _read(path: Path) -> Result:
+    try:
+        result: Result = json.loads(path.read_text(encoding="utf-8"))
+        run, metrics = result["run_info"], result["train_info"]["metrics"]
+        if not isinstance(run["settings"]["pictures"], int) or not isinstance(metrics, dict):
+            raise ValueError("it has other fields")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is no result of this benchmark ({error}); run the experiment again."
+        ) from error
+    return result
+
+
+def _render(results: Sequence[Result], protocol: Protocol) -> str:
+    reference = next((r for r in results if _name(r) == REFERENCE), None)
+    scores = [(task, score) for task in protocol.tasks for score in SCORES[task]]
+    columns = [(task, score) for task, score in scores if score.key not in SIMILARITY]
+    similar = [(task, score) for task, score in scores if score.key in SIMILARITY]
+    rows = sorted(results, key=lambda r: (_name(r) != REFERENCE, r["run_info"]["method"] == "none", _name(r)))
+    parts = [
+        f"# Results of the protocol `{protocol.name}`",
+        "Written by `python eval/benchmark.py`; do not edit.",
+        protocol.description.strip(),
+        f"{protocol.steps} steps, guidance {protocol.guidance:g}, seed {protocol.seed}. Errors are on the "
+        "scale 0..255; ↑ higher is better, ↓ lower is better.",
+        "## Scores",
+        _table(rows, columns, lambda r, task, score: _number(_value(r, task, score.key))),
+    ]
+    if reference is not None:
+        parts += ["## Ratio to no control", _table(rows, columns, _ratio_to(reference))]
+        parts += _bars(rows, reference, protocol)
+    parts += [
+        "## Similarity to the original picture",
+        _table(rows, similar, lambda r, task, score: _number(_value(r, task, score.key))),
+        "## Runs",
+        _runs(rows),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _table(
+    rows: Sequence[Result],
+    columns: Sequence[tuple[str, Score]],
+    cell: Callable[[Result, str, Score], str],
+) -> str:
+    arrows = [f"{task}: {score.title} {'↑' if score.higher_is_better else '↓'}" for task, score in columns]
+    lines = [["method", "experiment", *arrows]]
+    for row in rows:
+        cells = [cell(row, task, score) for task, score in columns]
+        lines.append([row["run_info"]["method"], _name(row), *cells])
+    return _markdown(lines)
+
+
+def _ratio_to(reference: Result) -> Callable[[Result, str, Score], str]:
+    def cell(row: Result, task: str, score: Score) -> str:
+        value, base = _value(row, task, score.key), _value(reference, task, score.key)
+        return "–" if value is None or not base else f"{value / base:.3g}"
+
+    return cell
+
+
+def _bars(rows: Sequence[Result], reference: Result, protocol: Protocol) -> list[str]:
+    """Which methods reach the protocol's bars, and by how much they miss them."""
+    lines = [["method", "experiment", "task", "bar", "ratio to no control", "result"]]
+    for row in rows:
+        if row["run_info"]["method"] == "none":
+            continue
+        for task, bar in protocol.bars.items():
+            value, base = _value(row, task, bar.score), _value(reference, task, bar.score)
+            if value is None or not base:
+                continue
+            title = next(score.title for score in SCORES[task] if score.key == bar.score)
+            wanted = f"≥ {bar.at_least:.3g}" if bar.at_least is not None else f"≤ {bar.at_most:.3g}"
+            ratio = value / base
+            cells = [task, f"{title} {wanted} of no control", f"{ratio:.3g}", _verdict(bar, ratio)]
+            lines.append([row["run_info"]["method"], _name(row), *cells])
+    return ["## Bars", _markdown(lines)] if len(lines) > 1 else []
+
+
+def _verdict(bar: Bar, ratio: float) -> str:
+    """ "met", or how far the ratio is from its bar, in per cent of the bar."""
+    if bar.at_least is not None and ratio < bar.at_least:
+        return f"missed: {100 * (1 - ratio / bar.at_least):.0f} % too low"
+    if bar.at_most is not None and ratio > bar.at_most:
+        return f"missed: {100 * (ratio / bar.at_most - 1):.0f} % too high"
+    return "met"
+
+
+def _runs(rows: Sequence[Result]) -> str:
+    lines = [["method", "experiment", "adapter parameters", "encoder parameters", "MB", "seconds", "machine"]]
+    for row in rows:
+        adapters = row["train_info"]["adapters"].values()
+        counts = [_range(adapters, key) for key in ("num_adapter_params", "num_encoder_params")]
+        size = max((adapter["file_size"] for adapter in adapters), default=0) / 1e6
+        system = row["meta_info"]["system_info"]
+        machine = f"{system['cpu']}, {system['cpu_count']} CPUs, {system['device']}"
+        cells = [*counts, f"{size:.2f}" if size else "–", f"{row['run_info']['seconds']:.0f}", machine]
+        lines.append([row["run_info"]["method"], _name(row), *cells])
+    return "Parameters and size of one adapter (one a task).\n\n" + _markdown(lines)
+
+
+def _range(adapters: Any, key: str) -> str:
+    counts = sorted({adapter[key] for adapter in adapters})
+    return "–" if not counts else f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,}–{counts[-1]:,}"
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    head, *body = (f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    return "\n".join([head, "|" + "---|" * len(lines[0]), *body])
+
+
+def _name(result: Result) -> str:
+    name: str = result["run_info"]["experiment_name"]
+    return name
+
+
+def _value(result: Result, task: str, key: str) -> float | None:
+    value: float | None = result["train_info"]["metrics"].get(task, {}).get(key)
+    return value
+
+
+def _number(value: float | None) -> str:
+    """Three significant digits below 1, four above, without an exponent."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 1000 else f"{value:,.0f}"

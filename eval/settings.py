@@ -1,0 +1,89 @@
+"""What can be benchmarked: protocols and experiments, read from YAML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from loco_diffusion.data.scenes import TEST_SEEDS
+from loco_diffusion.errors import UserError
+
+FOLDER = Path(__file__).parent
+
+
+class Settings(BaseModel):
+    """Fields of a YAML file; unknown ones are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Bar(Settings):
+    """What a score must reach, as a ratio to the score without control."""
+
+    score: str
+    at_least: float | None = None
+    at_most: float | None = None
+
+
+class Protocol(Settings):
+    """On which pictures, with which settings, pictures are drawn and scored."""
+
+    name: str
+    description: str
+    base: str = "packaged"
+    pictures: int = Field(ge=1)
+    first_seed: int
+    size: int
+    tasks: list[str]
+    seed: int
+    steps: int = Field(ge=1)
+    guidance: float
+    batch_size: int = Field(ge=1)
+    bars: dict[str, Bar] = {}
+
+    @model_validator(mode="after")
+    def _scenes_are_held_out(self) -> Protocol:
+        if self.first_seed not in TEST_SEEDS or self.first_seed + self.pictures - 1 not in TEST_SEEDS:
+            raise ValueError(f"the scenes' seeds must be from {TEST_SEEDS[0]} to {TEST_SEEDS[-1]}")
+        return self
+
+
+class Experiment(Settings):
+    """Where a row's pictures come from: the base alone, the base with adapters, or the VAE."""
+
+    name: str
+    pictures: Literal["base", "adapters", "vae"]
+    adapters: str = "packaged"
+
+
+Kind = TypeVar("Kind", Protocol, Experiment)
+
+
+def read(kind: type[Kind], folder: str, name: str) -> Kind:
+    """Read a protocol or an experiment; its name is that of its file.
+
+    Args:
+        kind: Protocol or Experiment.
+        folder: where those that come with the benchmark are.
+        name: one of them, or the path of a YAML file.
+
+    Raises:
+        UserError: there is no such file, or it is malformed.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / folder / f"{name}.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return kind.model_validate({"name": path.stem, **content})
+    except OSError as error:
+        known = ", ".join(names(folder))
+        raise UserError(f"{name!r} is not among the {folder} and no file; choose from {known}.") from error
+    except (yaml.YAMLError, ValidationError, UnicodeDecodeError, TypeError) as error:
+        raise UserError(f"{path} is malformed ({' '.join(str(error).split())}); mend it.") from error
+
+
+def names(folder: str) -> list[str]:
+    """The protocols or experiments that come with the benchmark."""
+    return sorted(path.stem for path in (FOLDER / folder).glob("*.yaml"))

@@ -1,0 +1,272 @@
+"""The command line on a tiny FLUX: what it writes, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from loco_diffusion import Controller, LoCOConfig
+from loco_diffusion.cli import main
+from loco_diffusion.conditions import get_condition
+from loco_diffusion.control import EncoderConfig
+from loco_diffusion.generation import Sampling, open_session
+from loco_diffusion.images import fit
+
+SIZE = ["--width", "32", "--height", "32", "--steps", "2"]
+Failure = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def adapters(flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with adapters of random weights for canny and deblur."""
+    folder = tmp_path_factory.mktemp("adapters")
+    controller = Controller(FluxPipeline.from_pretrained(flux_folder))
+    for seed, name in enumerate(("canny", "deblur")):
+        controller.add_adapter(name, LoCOConfig(r=1, num_rotations=2), encoder=EncoderConfig(hidden_size=8))
+        generator = torch.Generator().manual_seed(seed)
+        for parameters in controller.trainable_parameters(name).values():
+            for parameter in parameters:
+                parameter.data.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+        controller.save_adapter(folder / name, name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    picture = Image.radial_gradient("L").resize((80, 60)).point(lambda value: 255 * (value > 90))
+    picture.convert("RGB").save(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current directory."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def failure(capfd: pytest.CaptureFixture[str], workplace: Path) -> Failure:
+    """A function that runs a failing command and gives its one line; it must leave no file behind."""
+
+    def run(*arguments: object) -> str:
+        before = sorted(workplace.rglob("*"))
+        assert main([str(argument) for argument in arguments]) == 2
+        captured = capfd.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith("Error: ") and captured.err.count("\n") == 1, captured.err
+        assert sorted(workplace.rglob("*")) == before
+        return captured.err
+
+    return run
+
+
+@pytest.fixture
+def tiny(flux_folder: Path, adapters: Path) -> list[str]:
+    """Arguments for a picture of the tiny model."""
+    adapter = f"canny={adapters / 'canny'}"
+    return ["generate", "--prompt", "a red cube", "--model", str(flux_folder), "--adapter", adapter, *SIZE]
+
+
+def test_draws_what_the_library_draws(
+    tiny: list[str], photo: Path, adapters: Path, flux_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    control = [f"--control=canny={photo}", f"--control-image=deblur={photo}"]
+    more = ["--adapter", f"deblur={adapters / 'deblur'}", "--strength", "canny=0.5", "--seed", "3"]
+    assert main([*tiny, *control, *more]) == 0
+    captured = capfd.readouterr()
+    assert captured.err == "" and captured.out == "Wrote out.png (32x32 px)\n"
+
+    session = open_session(flux_folder)
+    session.load_adapters({"canny": adapters / "canny", "deblur": adapters / "deblur"})
+    original = fit(Image.open(photo), 32, 32)
+    maps = {"canny": get_condition("canny").extract(original), "deblur": original}
+    sampling = Sampling(32, 32, steps=2, guidance=1.0)
+    arguments = {"maps": maps, "strength": {"canny": 0.5, "deblur": 1.0}}
+    picture = session.generate(["a red cube"], [3], sampling, **arguments)[0]
+    drawn, free = Image.open("out.png"), session.generate(["a red cube"], [3], sampling)[0]
+    assert drawn.mode == "RGB" and drawn.tobytes() != free.tobytes()
+    # The ready map was cropped, then resized by another filter than a picture's.
+    assert _difference(drawn, picture) < _difference(drawn, free)
+
+
+def test_a_picture_does_not_depend_on_its_batch(flux_folder: Path) -> None:
+    session = open_session(flux_folder)
+    sampling = Sampling(32, 48, steps=2, guidance=2.0)
+    both = session.generate(["a cube", ""], [1, 2], sampling)
+    single = session.generate([""], [2], sampling)
+    assert both[1].size == (32, 48)
+    assert _difference(both[1], single[0]) < 2  # bfloat16
+    assert _difference(both[0], both[1]) > 2
+
+
+def test_without_control_it_draws_from_the_prompt(flux_folder: Path) -> None:
+    assert main(["generate", "--prompt", "a cube", "--model", str(flux_folder), *SIZE, "--out", "a.jpg"]) == 0
+    assert Image.open("a.jpg").size == (32, 32)
+
+
+def test_long_prompts_and_odd_sizes_are_noted(tiny: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = tiny[:5] + ["--steps", "1", "--width", "41", "--height", "30", "--prompt", "cube " * 50]
+    assert main(arguments) == 0
+    captured = capfd.readouterr()
+    assert "(48x32 px)" in captured.out
+    notes = captured.err.splitlines()
+    assert len(notes) == 2 and "multiples of 16" in notes[0] and "too long" in notes[1]
+
+
+def test_a_process_writes_the_picture_and_nothing_else(tiny: list[str], photo: Path) -> None:
+    source = str(Path(__file__).parents[1])
+    command = [sys.executable, "-m", "loco_diffusion.cli", *tiny, "--control", f"canny={photo}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=_environment(source))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Path("out.png").is_file()
+
+
+def test_it_overwrites_only_when_told(tiny: list[str], failure: Failure) -> None:
+    Path("out.png").write_bytes(b"mine")
+    assert "--overwrite" in failure(*tiny)
+    assert Path("out.png").read_bytes() == b"mine"
+    assert main([*tiny[:5], *SIZE, "--overwrite"]) == 0
+    assert Image.open("out.png").size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--control", "canny"], "CONDITION=VALUE"),
+        (["--control", "pose=a.png"], "no condition 'pose'"),
+        (["--control", "canny=a.png", "--control", "canny=b.png"], "twice"),
+        (["--control", "canny=a.png", "--control-image", "canny=b.png"], "both"),
+        (["--control", "canny=a.png"], "a.png does not exist"),
+        (["--strength", "canny=1"], "not controlled"),
+        (["--control", "canny=a.png", "--strength", "canny=strong"], "finite number"),
+        (["--control", "canny=a.png", "--strength", "canny=nan"], "finite number"),
+        (["--control", "canny=a.png", "--model", "some/model"], "--adapter canny="),
+        (["--prompt", " "], "prompt is empty"),
+        (["--prompt", "\udcff"], "UTF-8"),
+        (["--model", "no/such/folder"], "no model folder"),
+        (["--model", "."], "model_index.json"),
+        (["--out", "no/out.png"], "does not exist"),
+        (["--out", "."], "is a folder"),
+        (["--out", "out.doc"], "known picture extension"),
+        (["--steps", "0"], "--steps"),
+        (["--seed", "-1"], "--seed"),
+        (["--speed", "1"], "--speed"),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], words: str, failure: Failure) -> None:
+    assert words in failure("generate", "--prompt", "a cube", *arguments)
+
+
+def test_wrong_usage(failure: Failure) -> None:
+    assert "--prompt" in failure("generate")
+    assert "draw" in failure("draw")
+    assert "missing.yaml" in failure("train", "missing.yaml")
+    assert "no adapter folder" in failure("info", "missing")
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"truncated", b"tiny"])
+def test_bad_pictures(content: bytes, photo: Path, tmp_path: Path, failure: Failure) -> None:
+    path = tmp_path / "bad.png"
+    if content == b"tiny":
+        Image.new("RGB", (1, 1)).save(path)
+    else:
+        path.write_bytes(photo.read_bytes()[:200] if content == b"truncated" else content)
+    assert "bad.png" in failure("generate", "--prompt", "a cube", "--control", f"canny={path}")
+    assert "bad.png" in failure("quickstart", "--image", path)
+
+
+def test_bad_sizes_and_guidance(tiny: list[str], failure: Failure) -> None:
+    assert "width" in failure(*tiny, "--width", "8")
+    assert "height" in failure(*tiny, "--height", "99999")
+    assert "guidance" in failure(*tiny, "--guidance", "nan")
+
+
+@pytest.mark.parametrize("damage", ["condition", "base", "json", "nan"])
+def test_bad_adapters(
+    damage: str, tiny: list[str], photo: Path, adapters: Path, tmp_path: Path, failure: Failure
+) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapters / "canny", folder)
+    condition, words = "canny", ""
+    if damage == "condition":
+        condition, words = "deblur", "trained for canny"
+    elif damage == "base":
+        config = json.loads((folder / "control_config.json").read_text())
+        config["base"]["config"]["num_layers"] = 19
+        (folder / "control_config.json").write_text(json.dumps(config))
+        words = "num_layers 19"
+    elif damage == "json":
+        (folder / "adapter_config.json").write_text("{")
+        words = "adapter_config.json is broken"
+    else:
+        weights = load_file(folder / "adapter_model.safetensors")
+        next(iter(weights.values())).fill_(float("nan"))
+        save_file(weights, folder / "adapter_model.safetensors")
+        words = "NaN"
+    arguments = [*tiny[:5], *SIZE, "--adapter", f"{condition}={folder}", "--control", f"{condition}={photo}"]
+    assert words in failure(*arguments)
+
+
+def test_info_names_what_is_in_an_adapter(adapters: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(adapters / "canny")]) == 0
+    captured = capfd.readouterr()
+    assert captured.err == ""
+    for words in ("loco", "canny", "FluxTransformer2DModel", "num_rotations 2", "pixels, 8 wide", "MB"):
+        assert words in captured.out
+
+
+def test_trains_an_adapter_that_generate_uses(
+    flux_folder: Path, photo: Path, capfd: pytest.CaptureFixture[str], failure: Failure
+) -> None:
+    Path("config.yaml").write_text(
+        f"""
+        condition: deblur
+        output: run
+        base: {flux_folder}
+        data: {{source: scenes, count: 2, size: 32}}
+        adapter: {{options: {{r: 1, num_rotations: 1}}}}
+        steps: 1
+        batch_size: 2
+        """
+    )
+    assert main(["train", "config.yaml"]) == 0
+    assert capfd.readouterr().out == "Wrote run/adapter\n"
+    arguments = ["--model", flux_folder, "--adapter", "deblur=run/adapter", "--control", f"deblur={photo}"]
+    assert main([str(a) for a in ("generate", "--prompt", "a cube", *arguments, *SIZE)]) == 0
+    capfd.readouterr()
+    assert "--resume" in failure("train", "config.yaml")
+
+
+def test_help_and_fields(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == main([]) == main(["train", "--fields"]) == 0
+    shown = capfd.readouterr()
+    assert shown.err == "" and shown.out.count("quickstart") >= 4
+    assert "learning rate of the adapter" in shown.out
+
+
+def _difference(a: Image.Image, b: Image.Image) -> float:
+    """Mean absolute difference, 0..255."""
+    pixels = [
+        torch.frombuffer(bytearray(p.convert("RGB").tobytes()), dtype=torch.uint8).float() for p in (a, b)
+    ]
+    return float((pixels[0] - pixels[1]).abs().mean())
+
+
+def _environment(source: str) -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHONPATH": source}
