@@ -9,7 +9,6 @@ The page loads nothing from elsewhere: no fonts, no scripts, no telemetry.
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any
@@ -19,6 +18,8 @@ import typer
 from PIL import Image
 
 from loco_diffusion.conditions import condition_names, get_condition
+from loco_diffusion.console import quiet_libraries, run_app
+from loco_diffusion.control_options import check_prompt, parse_pairs
 from loco_diffusion.data.render import render
 from loco_diffusion.data.scenes import TEST_SEEDS, sample_scene
 from loco_diffusion.embedded import EXAMPLE_PICTURE, EXAMPLE_PROMPT
@@ -117,6 +118,7 @@ class Demo:
             raise UserError("There is no picture yet; upload one or click an example.")
         if not strength:
             raise UserError("Nothing is kept of the picture; tick at least one box.")
+        check_prompt(prompt)
         seed, steps, guidance = numbers
         if seed is None or steps is None or guidance is None:
             raise UserError("A number in the settings is empty; fill it in.")
@@ -244,9 +246,14 @@ def _strength_label(condition: str) -> str:
     return f"Strength: {word}" if word.lower() == condition else f"Strength: {word} ({condition})"
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
 def main(
     model: Annotated[
-        str | None, typer.Option(help="Folder or hub id of a FLUX model; default: the packaged base.")
+        str | None,
+        typer.Option(metavar="DIR_OR_HUB_ID", help="A FLUX model; default: the packaged base."),
     ] = None,
     adapter: Annotated[
         list[str] | None,
@@ -254,35 +261,28 @@ def main(
             metavar="CONDITION=DIR_OR_HUB_ID", help="May be repeated; default: the packaged adapters."
         ),
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to serve at; 0.0.0.0 is all of this machine's.")] = (
-        "127.0.0.1"
-    ),
+    host: Annotated[
+        str, typer.Option(help="Address to serve at; 0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
 ) -> None:
     """Serve the demo: redraw a picture under conditions, with and without control."""
-    try:
-        sources = _sources(model, adapter or [])
-        print("Loading the model ...", flush=True)
-        session = open_session(model)
-        session.load_adapters(sources)
-        page = build(session)
-        _serve(page, host, port)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(2) from error
+    adapters = _adapters(model, adapter or [])
+    print("Loading the model ...", flush=True)
+    quiet_libraries()
+    session = open_session(model)
+    session.load_adapters(adapters)
+    _serve(build(session), host, port)
 
 
-def _sources(model: str | None, given: Sequence[str]) -> dict[str, str | None]:
-    """What `Session.load_adapters` takes, of the command line's CONDITION=SOURCE pairs."""
+def _adapters(model: str | None, given: Sequence[str]) -> dict[str, str | None]:
+    """What `Session.load_adapters` takes; the packaged base has packaged adapters where none is given."""
     sources: dict[str, str | None] = dict.fromkeys(condition_names()) if model is None else {}
-    for pair in given:
-        condition, _, source = pair.partition("=")
-        get_condition(condition)
-        if not source:
-            raise UserError(f"--adapter {pair} has no folder or hub id; write --adapter {condition}=FOLDER.")
-        sources[condition] = source
+    sources |= parse_pairs("--adapter", given)
     if not sources:
-        raise UserError("A model of your own needs adapters of its own; give --adapter CONDITION=FOLDER.")
+        raise UserError(f"The packaged adapters do not fit {model}; add --adapter CONDITION=DIR_OR_HUB_ID.")
+    for condition in sources:
+        get_condition(condition)
     return sources
 
 
@@ -307,4 +307,4 @@ def _serve(page: gr.Blocks, host: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    raise SystemExit(run_app(app, "demo.py"))

@@ -93,13 +93,10 @@ def _with_adapters(experiment: Experiment, adapters: Path | None) -> Experiment:
 
 def _run(experiment: Experiment, protocol: Protocol, count: int, folder: Path, progress: Progress) -> Path:
     """Run one experiment on the first `count` pictures and write its result."""
-    sources: dict[str, Path] = {}
-    if experiment.pictures == "adapters":
-        own = None if experiment.adapters == "packaged" else Path(experiment.adapters)
-        sources = {t: packaged_adapter(t) if own is None else own / t for t in protocol.tasks}
+    sources = _sources(experiment, protocol)
     session = open_session(None if protocol.base == "packaged" else protocol.base)
     environment = _describe_environment(session)
-    session.load_adapters(dict(sources))
+    session.load_adapters(sources)
     started = time.monotonic()
     scores = evaluate(session, experiment, protocol, count, progress)
     methods = {info.method.lower() for info in session.controller.adapters.values()}
@@ -111,7 +108,7 @@ def _run(experiment: Experiment, protocol: Protocol, count: int, folder: Path, p
             "experiment_name": name,
             "method": method,
             "protocol": protocol.name,
-            "settings": protocol.model_dump(exclude={"name", "bars", "description"}) | {"pictures": count},
+            "settings": protocol.settings() | {"pictures": count},
             "seconds": round(time.monotonic() - started, 1),
         },
         "train_info": {
@@ -122,6 +119,19 @@ def _run(experiment: Experiment, protocol: Protocol, count: int, folder: Path, p
         "meta_info": environment,
     }
     return write_text(folder / f"{method}--{name}.json", json.dumps(result, indent=2) + "\n")
+
+
+def _sources(experiment: Experiment, protocol: Protocol) -> dict[str, Path]:
+    """The adapter folders of an experiment, by task."""
+    if experiment.pictures != "adapters":
+        return {}
+    if experiment.adapters == "packaged":
+        return {task: packaged_adapter(task) for task in protocol.tasks}
+    folders = {task: Path(experiment.adapters).resolve() / task for task in protocol.tasks}
+    for task, folder in folders.items():
+        if not folder.is_dir():
+            raise UserError(f"{experiment.adapters} has no adapter folder {task}; train one into it.")
+    return folders
 
 
 def evaluate(

@@ -15,11 +15,22 @@ from loco_diffusion.scoring import SCORES, Score
 
 REFERENCE = "no-control"
 SIMILARITY = ("ssim", "psnr")
+FIELDS = (
+    ("run_info", "experiment_name"),
+    ("run_info", "method"),
+    ("run_info", "settings"),
+    ("run_info", "seconds"),
+    ("train_info", "adapters"),
+    ("train_info", "metrics"),
+    ("meta_info", "model_info"),
+    ("meta_info", "system_info"),
+)
+"""What the table reads of a result."""
 Result = dict[str, Any]
 
 
 def write_table(folder: Path, protocol: Protocol) -> Path:
-    """Write README.md from all results of the whole protocol in a folder.
+    """Write README.md from all results in a folder; trials and results of other settings are only named.
 
     Returns:
         Its path.
@@ -30,8 +41,7 @@ def write_table(folder: Path, protocol: Protocol) -> Path:
     if not folder.is_dir():
         raise UserError(f"There are no results in {folder}; run an experiment first.")
     results = [_read(path) for path in sorted(folder.glob("*.json"))]
-    whole = [r for r in results if r["run_info"]["settings"]["pictures"] == protocol.pictures]
-    return write_text(folder / "README.md", _render(whole, protocol))
+    return write_text(folder / "README.md", _render(results, protocol))
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -45,22 +55,24 @@ def write_text(path: Path, text: str) -> Path:
 def _read(path: Path) -> Result:
     try:
         result: Result = json.loads(path.read_text(encoding="utf-8"))
-        run, metrics = result["run_info"], result["train_info"]["metrics"]
-        if not isinstance(run["settings"]["pictures"], int) or not isinstance(metrics, dict):
-            raise ValueError("it has other fields")
+        for part, key in FIELDS:
+            result[part][key]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is no result of this benchmark ({error}); run the experiment again."
+            f"{path} is no result of this benchmark ({error!r}); run the experiment again."
         ) from error
     return result
 
 
 def _render(results: Sequence[Result], protocol: Protocol) -> str:
-    reference = next((r for r in results if _name(r) == REFERENCE), None)
+    reference = next((r for r in results if _name(r) == REFERENCE and _fits(r, protocol)), None)
+    base = reference["meta_info"]["model_info"] if reference else None
+    shown = [r for r in results if _fits(r, protocol) and base in (None, r["meta_info"]["model_info"])]
+    others = [_name(r) for r in results if r not in shown]
     scores = [(task, score) for task in protocol.tasks for score in SCORES[task]]
     columns = [(task, score) for task, score in scores if score.key not in SIMILARITY]
     similar = [(task, score) for task, score in scores if score.key in SIMILARITY]
-    rows = sorted(results, key=lambda r: (_name(r) != REFERENCE, r["run_info"]["method"] == "none", _name(r)))
+    rows = sorted(shown, key=lambda r: (_name(r) != REFERENCE, r["run_info"]["method"] == "none", _name(r)))
     parts = [
         f"# Results of the protocol `{protocol.name}`",
         "Written by `python eval/benchmark.py`; do not edit.",
@@ -78,8 +90,16 @@ def _render(results: Sequence[Result], protocol: Protocol) -> str:
         _table(rows, similar, lambda r, task, score: _number(_value(r, task, score.key))),
         "## Runs",
         _runs(rows),
+        f"Left out, because of fewer pictures, other settings or another base: {', '.join(others)}."
+        if others
+        else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _fits(result: Result, protocol: Protocol) -> bool:
+    settings: bool = result["run_info"]["settings"] == protocol.settings()
+    return settings
 
 
 def _table(
@@ -116,7 +136,7 @@ def _bars(rows: Sequence[Result], reference: Result, protocol: Protocol) -> list
             title = next(score.title for score in SCORES[task] if score.key == bar.score)
             wanted = f"≥ {bar.at_least:.3g}" if bar.at_least is not None else f"≤ {bar.at_most:.3g}"
             ratio = value / base
-            cells = [task, f"{title} {wanted} of no control", f"{ratio:.3g}", _verdict(bar, ratio)]
+            cells = [task, f"{title} {wanted} × no control", f"{ratio:.3g}", _verdict(bar, ratio)]
             lines.append([row["run_info"]["method"], _name(row), *cells])
     return ["## Bars", _markdown(lines)] if len(lines) > 1 else []
 

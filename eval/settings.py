@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -49,6 +49,10 @@ class Protocol(Settings):
         if self.first_seed not in TEST_SEEDS or self.first_seed + self.pictures - 1 not in TEST_SEEDS:
             raise ValueError(f"the scenes' seeds must be from {TEST_SEEDS[0]} to {TEST_SEEDS[-1]}")
         return self
+
+    def settings(self) -> dict[str, Any]:
+        """What the scores depend on, as JSON types."""
+        return self.model_dump(mode="json", exclude={"name", "description", "bars", "batch_size"})
 
 
 class Experiment(Settings):

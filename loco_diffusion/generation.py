@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,19 +103,24 @@ class Session:
             UserError: a number is out of its range.
         """
         token = self.token_pixels
-        sides = {"width": width, "height": height}
-        for name, side in sides.items():
+        for name, side in {"width": width, "height": height}.items():
             if side is not None and not token <= side <= MAX_SIDE:
                 raise UserError(f"The {name} must be from {token} to {MAX_SIDE} px, got {side}.")
         if steps is not None and steps < 1:
             raise UserError(f"The steps must be at least 1, got {steps}.")
         if guidance is not None and not 0 <= guidance <= 100:
             raise UserError(f"The guidance must be from 0 to 100, got {guidance:g}.")
-        rounded = {
-            n: max(token, (s + token // 2) // token * token) for n, s in sides.items() if s is not None
-        }
-        given = {"steps": steps, "guidance": guidance}
-        return replace(self.defaults, **rounded, **{n: v for n, v in given.items() if v is not None})
+
+        def rounded(side: int) -> int:
+            return max(token, (side + token // 2) // token * token)
+
+        default = self.defaults
+        return Sampling(
+            width=default.width if width is None else rounded(width),
+            height=default.height if height is None else rounded(height),
+            steps=default.steps if steps is None else steps,
+            guidance=default.guidance if guidance is None else guidance,
+        )
 
     def unread_tokens(self, prompt: str) -> int:
         """How many tokens at the prompt's end the base will not read; 0 for all but very long prompts."""
@@ -190,7 +195,7 @@ class Session:
         return [to_pil(picture) for picture in decoded.float() / 2 + 0.5]
 
     def _guidance(self, guidance: float, batch: int) -> dict[str, Any]:
-        if self.controller.family.denoiser(self.pipe).config.guidance_embeds:
+        if self.pipe.transformer.config.guidance_embeds:
             return {"guidance_scale": guidance}
         return {"true_cfg_scale": guidance, "negative_prompt": [""] * batch}
 

@@ -1,6 +1,6 @@
 """FLUX.1 with LoCO control: the stock pipeline with condition maps.
 
-    pipe = FluxLoCOControlPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", torch_dtype=torch.bfloat16)
+    pipe = FluxLoCOControlPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", dtype=torch.bfloat16)
     pipe.load_control_adapter("path/to/canny")
     image = pipe("a red cube", control={"canny": edges}, control_strength=0.8).images[0]
 

@@ -10,6 +10,7 @@ from PIL import Image, ImageChops
 from loco_diffusion import LoCOConfig, embedded
 from loco_diffusion.cli import main
 from loco_diffusion.control import EncoderConfig
+from loco_diffusion.data.scenes import TEST_SEEDS, sample_scene
 from loco_diffusion.embedded import EXAMPLE_PICTURE, EXAMPLE_PROMPT
 from loco_diffusion.generation import Session, fit_map, open_session
 from loco_diffusion.grid import picture_grid
@@ -63,8 +64,6 @@ def test_compares_five_conditions_of_one_picture(session: Session) -> None:
 
 
 def test_the_example_is_a_held_out_scene_that_the_base_can_read(session: Session) -> None:
-    from loco_diffusion.data.scenes import TEST_SEEDS, sample_scene
-
     captions = {sample_scene(seed).caption for seed in TEST_SEEDS[:64]}
     prompt = EXAMPLE_PROMPT.read_text().strip()
     assert prompt in captions
@@ -78,13 +77,14 @@ def test_the_command_draws_a_photo_and_never_overwrites(
     monkeypatch.setattr(embedded, "WEIGHTS", weights)
     monkeypatch.chdir(tmp_path)
     Image.radial_gradient("L").resize((300, 200)).save("photo.jpg")
-    for _ in range(2):
-        assert main(["quickstart", "--image", "photo.jpg", "--steps", "1"]) == 0
+    Path("quickstart.png").write_bytes(b"mine")
+    assert main(["quickstart", "--image", "photo.jpg", "--steps", "1"]) == 0
     shown = capfd.readouterr()
     assert shown.err == ""
     for words in ("prompt: none", "with control", "without control", "edge F1", *CONDITIONS):
         assert words in shown.out
-    assert Image.open("quickstart.png").size == Image.open("quickstart-2.png").size
+    assert Path("quickstart.png").read_bytes() == b"mine"
+    assert Image.open("quickstart-2.png").height > 5 * 256
     assert main(["quickstart", "--out", "quickstart.png"]) == 2
     assert "--overwrite" in capfd.readouterr().err
 
@@ -117,6 +117,6 @@ def test_a_ready_map_is_cropped_to_the_shape_before_it_is_resized() -> None:
     wide.paste("white", (31, 0, 33, 32))  # a line down the middle
     fitted = fit_map(wide, "canny", 16, 16)
     assert fitted.size == (16, 16)
-    assert fitted.getcolors() == [(256 - 32, (0, 0, 0)), (32, (255, 255, 255))]
+    assert sorted(fitted.getcolors()) == [(32, (255, 255, 255)), (256 - 32, (0, 0, 0))]
     square = Image.new("RGB", (16, 16), "red")
     assert ImageChops.difference(fit_map(square, "depth", 16, 16), square).getbbox() is None

@@ -112,7 +112,9 @@ def _camera_rays(
     scenes: SceneTensors, pixels: torch.Tensor, height: int, width: int
 ) -> tuple[Vector, Vector]:
     forward = torch.nn.functional.normalize(scenes.target - scenes.camera, dim=-1)
-    right = torch.nn.functional.normalize(torch.linalg.cross(forward, torch.tensor([[0.0, 0.0, 1.0]])), dim=-1)
+    right = torch.nn.functional.normalize(
+        torch.linalg.cross(forward, torch.tensor([[0.0, 0.0, 1.0]])), dim=-1
+    )
     down = torch.linalg.cross(forward, right)
     spread = 2 * torch.tan(scenes.fov / 2)[:, None] / min(height, width)
     x = (pixels[..., 0] - width / 2) * spread
@@ -260,7 +262,11 @@ def _light(scenes: SceneTensors, point: Vector, normal: Vector, seen: torch.Tens
 
 
 def _gloss(
-    scenes: SceneTensors, ray: tuple[torch.Tensor, ...], normal: Vector, lit: torch.Tensor, scene: torch.Tensor
+    scenes: SceneTensors,
+    ray: tuple[torch.Tensor, ...],
+    normal: Vector,
+    lit: torch.Tensor,
+    scene: torch.Tensor,
 ) -> torch.Tensor:
     """Blinn's highlight and a faint mirror of the sky at N points on solids, (N, 3)."""
     light = scenes.light[scene]

@@ -43,12 +43,12 @@ def packaged_adapter(condition: str) -> Path:
     return _existing(WEIGHTS / "adapters" / condition)
 
 
-def load_packaged_pipeline(torch_dtype: torch.dtype | None = None) -> FluxPipeline:
+def load_packaged_pipeline(dtype: torch.dtype | None = None) -> FluxPipeline:
     """The packaged base model as a stock FluxPipeline, in float32 unless another dtype is given."""
     import torch
     from diffusers import FluxPipeline
 
-    return FluxPipeline.from_pretrained(packaged_base(), torch_dtype=torch_dtype or torch.float32)
+    return FluxPipeline.from_pretrained(packaged_base(), dtype=dtype or torch.float32)
 
 
 def _existing(folder: Path) -> Path:

@@ -36,8 +36,10 @@ def build_base(steps: int, vae: AutoencoderKL, runs: Path, device: str) -> FluxP
     def loss_of_step(step: int) -> torch.Tensor:
         rng = np.random.default_rng(step)
         chosen = torch.from_numpy(rng.integers(SCENES, size=BATCH))
-        told = torch.where(torch.from_numpy(rng.random(BATCH) < TEXT_DROPOUT), SCENES, chosen)  # SCENES: no text
-        with torch.autocast(device, torch.bfloat16):
+        told = torch.where(
+            torch.from_numpy(rng.random(BATCH) < TEXT_DROPOUT), SCENES, chosen
+        )  # SCENES: no text
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):  # no gain without AMX
             text = _read(model, clip_ids[told].to(device), t5_ids[told].to(device))
             return _loss(model["transformer"], latents[chosen].to(device).float(), text)
 
@@ -79,7 +81,9 @@ def untrained_pipeline(vae: AutoencoderKL) -> FluxPipeline:
 def _start_at_identity(transformer: FluxTransformer2DModel) -> None:
     """Zero the modulations and the output layer (adaLN-Zero, DiT, arXiv 2212.09748 section 3.2)."""
     for name, module in transformer.named_modules():
-        if name.endswith(("norm.linear", "norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")):
+        if name.endswith(
+            ("norm.linear", "norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")
+        ):
             if name.endswith("proj_out") and name != "proj_out":
                 continue  # the single blocks' own output layers
             nn.init.zeros_(module.weight)
@@ -117,7 +121,9 @@ def _tokens(pipe: FluxPipeline, captions: list[str]) -> tuple[torch.Tensor, torc
     """Token ids of the captions for both encoders, padded as the pipeline pads them."""
 
     def ids(tokenizer, length: int) -> torch.Tensor:
-        told = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        told = tokenizer(
+            captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
         return told.input_ids
 
     return ids(pipe.tokenizer, CLIP_LENGTH), ids(pipe.tokenizer_2, pipe.tokenizer_2.model_max_length)

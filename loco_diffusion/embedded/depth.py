@@ -15,7 +15,9 @@ from loco_diffusion.embedded.pictures import SIZE, rendered_scenes
 SCENES, BATCH = 6000, 16
 
 
-def build_depth(steps: int, runs: Path, device: str) -> tuple[DepthAnythingForDepthEstimation, DPTImageProcessor]:
+def build_depth(
+    steps: int, runs: Path, device: str
+) -> tuple[DepthAnythingForDepthEstimation, DPTImageProcessor]:
     """Train the depth network; it predicts inverse depth in [0, 1], near is 1, the sky is 0."""
     torch.manual_seed(0)
     network = DepthAnythingForDepthEstimation(_config()).to(device).train()

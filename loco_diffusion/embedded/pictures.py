@@ -33,7 +33,9 @@ def _shard(seeds: range, cache: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     image = torch.empty(len(seeds), 3, SIZE, SIZE, dtype=torch.uint8)
     depth = torch.empty(len(seeds), SIZE, SIZE, dtype=torch.uint8)
-    for start in track(range(0, len(seeds), _DRAWN_AT_ONCE), description=f"Drawing scenes from {seeds.start}"):
+    for start in track(
+        range(0, len(seeds), _DRAWN_AT_ONCE), description=f"Drawing scenes from {seeds.start}"
+    ):
         these = slice(start, start + _DRAWN_AT_ONCE)
         drawn = render([sample_scene(seed) for seed in seeds[these]], SIZE)
         image[these] = (drawn.image * 255).round().to(torch.uint8)

@@ -60,9 +60,8 @@ def untrained_vae() -> AutoencoderKL:
 def _start_as_pyramid(vae: AutoencoderKL) -> None:
     """Start as a linear pyramid: average pooling down, nearest neighbours up, every residual branch silent.
 
-    Together with `_fit_ends` this makes the untrained VAE a blurred but coloured round trip; from the usual random
-    start a network this small spends most of a short run finding the colours (after 100 steps the squared error
-    was 0.045 from the random start, 0.027 from the pyramid alone and 0.019 from both).
+    Together with `_fit_ends` this makes the untrained VAE a blurred but coloured round trip; from the usual
+    random start a network this small spends most of a short run finding the colours.
     """
     for name, module in vae.named_modules():
         if not isinstance(module, torch.nn.Conv2d):
@@ -72,7 +71,7 @@ def _start_as_pyramid(vae: AutoencoderKL) -> None:
             torch.nn.init.zeros_(module.bias)
         elif "sampler" in name:
             torch.nn.init.dirac_(module.weight)
-            if module.stride == (2, 2):  # diffusers pads right and below, so the window starts at the centre tap
+            if module.stride == (2, 2):  # diffusers pads right and below: the window starts at the tap 0, 0
                 module.weight.data = module.weight.data.roll((-1, -1), (2, 3))
                 center = module.weight.data[:, :, 0, 0].clone()
                 module.weight.data[:, :, :2, :2] = center[:, :, None, None] / 4
@@ -122,7 +121,7 @@ def _loss(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
     posterior = vae.encode(pictures).latent_dist
     decoded = vae.decode(posterior.sample()).sample
     error = decoded - pictures
-    edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[:, :, 1:] - error[:, :, :-1]).abs().mean()
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
     return error.abs().mean() + 10 * error.square().mean() + edges + KL_WEIGHT * kl
 
@@ -146,9 +145,9 @@ def _condition_map(picture: torch.Tensor, depth: torch.Tensor, rng: np.random.Ge
 def _normalise_latents(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
     """Even out the latents' channels and write their mean and spread into the configuration.
 
-    The first channels hold the colours and are some ten times as wide as those of the details, which a diffusion
-    model would then hardly learn. Scaling a channel in the encoder and back in the decoder changes no picture;
-    half of the difference (on a logarithmic scale) is taken out, so that colours still come first.
+    The first channels hold the colours and are some ten times as wide as those of the details, which a
+    diffusion model would then hardly learn. Scaling a channel in the encoder and back in the decoder changes
+    no picture; half of the difference (on a logarithmic scale) is taken out, so that colours still come first.
     """
     scaled = (pictures.float() / 127.5 - 1).to(vae.device)
     latents = torch.cat([vae.encode(part).latent_dist.mean for part in scaled.split(32)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,15 +44,12 @@ def build_pipeline(config: TrainingConfig) -> DiffusionPipeline:
 
     from loco_diffusion.embedded import load_packaged_pipeline
 
-    dtype = getattr(torch, config.torch_dtype)
+    dtype = getattr(torch, config.dtype)
     try:
-        with warnings.catch_warnings():  # newer versions call it dtype, which older ones do not know
-            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-            if config.base == "packaged":
-                pipe: Any = load_packaged_pipeline(torch_dtype=dtype)
-            else:
-                pipe = DiffusionPipeline.from_pretrained(config.base, torch_dtype=dtype)
-            return pipe
+        if config.base == "packaged":
+            return load_packaged_pipeline(dtype)
+        pipe: Any = DiffusionPipeline.from_pretrained(config.base, dtype=dtype)
+        return pipe
     except UserError:
         raise
     except Exception as error:  # a wrong folder, id, file or connection has many exception types

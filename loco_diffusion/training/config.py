@@ -140,7 +140,7 @@ class TrainingConfig(Settings):
     base: str = Field(
         default="packaged", description='Frozen base: "packaged", a diffusers folder, or a hub id.'
     )
-    torch_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Type of the frozen base's weights; what is trained is always float32."
     )
     data: Annotated[ScenesData | FolderData | DatasetData, Field(discriminator="source")] = Field(

@@ -166,7 +166,7 @@ class Examples:
             torch.cat(latents), text, maps=None if random else maps, pictures=pictures if random else None
         )
         if not bool(self._cache.latents.isfinite().all()):
-            raise UserError("The VAE gives NaN or infinity; use torch_dtype float32 or bfloat16.")
+            raise UserError("The VAE gives NaN or infinity; use dtype float32 or bfloat16.")
 
     def load(self, indices: Sequence[int], rng: np.random.Generator) -> Loaded:
         """Read examples and draw the batch's random numbers; needs no model.

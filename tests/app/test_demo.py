@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
 
 from loco_diffusion import LoCOConfig
 from loco_diffusion.conditions import condition_names
+from loco_diffusion.console import run_app
 from loco_diffusion.control import EncoderConfig
 from loco_diffusion.data.render import render
 from loco_diffusion.data.scenes import TEST_SEEDS, sample_scene
@@ -164,15 +163,15 @@ def test_a_visitor_redraws_a_picture(page: Page, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--adapter", "canny"], "--adapter canny has no folder"),
+        (["--adapter", "canny"], "--adapter 'canny' has another form"),
         (["--adapter", "sketch=somewhere"], "There is no condition 'sketch'"),
-        (["--model", "somewhere"], "give --adapter CONDITION=FOLDER"),
+        (["--model", "somewhere"], "The packaged adapters do not fit somewhere"),
     ],
 )
-def test_bad_options_end_with_one_sentence(arguments: list[str], message: str) -> None:
-    command = typer.Typer()
-    command.command()(demo.main)
-    result = CliRunner().invoke(command, arguments)
-    assert result.exit_code == 2
-    assert message in result.stderr
-    assert result.stderr.count("\n") == 1
+def test_bad_options_end_with_one_sentence(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_app(demo.app, "demo.py", arguments) == 2
+    stderr = capsys.readouterr().err
+    assert message in stderr
+    assert stderr.count("\n") == 1

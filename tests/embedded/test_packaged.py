@@ -1,0 +1,106 @@
+"""What the package ships: it is whole, small, finite, and its control works."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from safetensors import safe_open
+
+from loco_diffusion.conditions import get_condition
+from loco_diffusion.control import Controller
+from loco_diffusion.data.render import render
+from loco_diffusion.data.scenes import TEST_SEEDS, sample_scene
+from loco_diffusion.embedded import (
+    EXAMPLE_PICTURE,
+    EXAMPLE_PROMPT,
+    WEIGHTS,
+    load_packaged_pipeline,
+    packaged_adapter,
+)
+from loco_diffusion.embedded.build import ADAPTERS
+from loco_diffusion.errors import UserError
+from loco_diffusion.images import load_image, to_pil, to_tensor
+from loco_diffusion.metrics.functional import edge_f1, pixel_mse
+
+
+@pytest.fixture(scope="module")
+def pipe() -> FluxPipeline:
+    return load_packaged_pipeline()
+
+
+def test_weights_are_small_finite_and_safetensors_only() -> None:
+    files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 60e6
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt", ".model", ".md"}
+    for path in (path for path in files if path.suffix == ".safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                assert torch.isfinite(file.get_tensor(name).float()).all(), f"{path.name}: {name}"
+
+
+def test_the_example_is_there() -> None:
+    assert load_image(EXAMPLE_PICTURE).size == (128, 128)
+    assert "ground under a" in EXAMPLE_PROMPT.read_text()
+
+
+def test_an_unknown_packaged_adapter_is_refused() -> None:
+    with pytest.raises(UserError, match="pose"):
+        packaged_adapter("pose")
+
+
+def test_the_vae_keeps_pictures(pipe: FluxPipeline) -> None:
+    pictures = render([sample_scene(seed) for seed in TEST_SEEDS[:8]]).image
+    with torch.no_grad():
+        latents = pipe.vae.encode(pictures * 2 - 1).latent_dist.mode()
+        decoded = (pipe.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+    psnr = -10 * torch.log10((decoded - pictures).square().mean((1, 2, 3)))
+    assert psnr.mean() > 28
+
+
+def test_depth_maps_resemble_the_scenes_own_depth() -> None:
+    scenes = render([sample_scene(seed) for seed in TEST_SEEDS[:8]])
+    maps = [to_tensor(get_condition("depth").extract(to_pil(image)))[0] for image in scenes.image]
+    for predicted, exact in zip(maps, scenes.depth, strict=True):
+        assert torch.corrcoef(torch.stack([predicted.flatten(), exact.flatten()]))[0, 1] > 0.95
+
+
+@pytest.mark.parametrize("condition", ADAPTERS)
+def test_every_adapter_brings_pictures_nearer_to_its_condition(pipe: FluxPipeline, condition: str) -> None:
+    scenes = [sample_scene(seed) for seed in TEST_SEEDS[:4]]
+    inputs = [to_pil(picture) for picture in render(scenes).image]
+    builder = get_condition(condition)
+    maps = [builder.extract(image) for image in inputs]
+    controller = Controller(pipe)
+    name = controller.load_adapter(packaged_adapter(condition))
+
+    def draw() -> list:
+        return pipe(
+            [scene.caption for scene in scenes],
+            height=128,
+            width=128,
+            num_inference_steps=6,
+            max_sequence_length=pipe.tokenizer_2.model_max_length,
+            generator=[torch.Generator().manual_seed(seed) for seed in range(4)],
+        ).images
+
+    try:
+        free = draw()
+        with controller({name: maps}):
+            controlled = draw()
+    finally:
+        controller.delete_adapter(name)
+    wanted = torch.stack([to_tensor(m) for m in maps])
+    if condition == "mask":  # compared on what the mask shows
+        shown = (wanted.amax(1, keepdim=True) > 0).float()
+        errors = [
+            ((torch.stack([to_tensor(p) for p in drawn]) - wanted) * shown).square().mean()
+            for drawn in (controlled, free)
+        ]
+        assert errors[0] < errors[1]
+        return
+    followed, ignored = (torch.stack([to_tensor(builder.extract(p)) for p in d]) for d in (controlled, free))
+    if condition == "canny":
+        assert edge_f1(followed, wanted).mean() > edge_f1(ignored, wanted).mean()
+    else:
+        assert pixel_mse(followed, wanted).mean() < pixel_mse(ignored, wanted).mean()
