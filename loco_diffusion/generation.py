@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -265,9 +266,13 @@ def _load(model: str | os.PathLike[str] | None) -> Pipeline:
     try:
         return DiffusionPipeline.from_pretrained(source, dtype=torch.bfloat16)
     except Exception as error:  # a broken file, a wrong id or no connection have many exception types
+        if not folder.is_dir():
+            raise UserError(
+                f"{name} is no folder here and cannot be loaded from the Hugging Face Hub ({_cause(error)}); "
+                "check the name, the connection and your access (hf auth login)."
+            ) from error
         raise UserError(
-            f"The model {name} cannot be loaded ({_cause(error)}); "
-            "give an intact folder in diffusers' format, or a hub id."
+            f"The model {name} cannot be loaded ({_cause(error)}); give an intact folder in diffusers' format."
         ) from error
 
 
@@ -285,4 +290,6 @@ def _place(pipe: Pipeline) -> None:
 
 
 def _cause(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+    """The first words of an error."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return textwrap.shorten(first, 120, placeholder=" ...").rstrip(".:")

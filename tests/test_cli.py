@@ -197,6 +197,14 @@ def test_bad_pictures(content: bytes, photo: Path, tmp_path: Path, failure: Fail
     assert "bad.png" in failure("quickstart", "--image", path)
 
 
+def test_damaged_models(flux_folder: Path, tmp_path: Path, failure: Failure) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(flux_folder, folder)
+    (folder / "transformer" / "config.json").write_text("{")
+    assert "cannot be loaded" in failure("generate", "--prompt", "a cube", "--model", folder)
+    assert "is a file" in failure("generate", "--prompt", "a cube", "--model", folder / "model_index.json")
+
+
 def test_bad_sizes_and_guidance(tiny: list[str], failure: Failure) -> None:
     assert "width" in failure(*tiny, "--width", "8")
     assert "height" in failure(*tiny, "--height", "99999")

@@ -92,7 +92,8 @@ def _start_at_identity(transformer: FluxTransformer2DModel) -> None:
 
 def _optimizers(model: nn.ModuleDict) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the transformer's blocks, AdamW for everything else."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inside = "transformer_blocks." in name and parameter.ndim == 2 and "norm" not in name
         (matrices if inside else others).append(parameter)

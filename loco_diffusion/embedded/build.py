@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +25,7 @@ from loco_diffusion.embedded.depth import build_depth
 from loco_diffusion.embedded.vae import build_vae
 
 STEPS = {"vae": 1000, "base": 2400, "depth": 1000}
-EXAMPLE_SEED = 20_000_004
+EXAMPLE_SEED = 20_000_033
 ADAPTERS = ("canny", "depth", "mask", "colorization", "deblur")
 
 
@@ -64,13 +65,13 @@ def main(
 
 def _replace(folder: Path, *writers: Callable[[Path], object]) -> None:
     """Write a folder under another name and put it in its place when it is whole."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    unfinished = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
     for write in writers:
-        write(partial)
+        write(unfinished)
     shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    os.replace(unfinished, folder)
 
 
 def _build_adapters(runs: Path, out: Path) -> None:
@@ -81,10 +82,7 @@ def _build_adapters(runs: Path, out: Path) -> None:
         config = load_config(Path(str(files("loco_diffusion.embedded"))) / "adapters" / f"{condition}.yaml")
         config = config.model_copy(update={"output": str(runs / "adapters" / condition)})
         trained = train(config, resume=True)
-        _replace(
-            out / "adapters" / condition,
-            lambda folder, trained=trained: shutil.copytree(trained, folder, dirs_exist_ok=True),
-        )
+        _replace(out / "adapters" / condition, partial(shutil.copytree, trained, dirs_exist_ok=True))
 
 
 def _draw_example() -> None:

@@ -82,7 +82,9 @@ def _step(
 
 def _save(folder: Path, step: int, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
     # Not the state dict: it names tied weights twice, which safetensors refuses. The models here have no other state.
-    tensors = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
+    tensors: dict[str, torch.Tensor] = {
+        f"model.{name}": parameter for name, parameter in model.named_parameters()
+    }
     for number, optimizer in enumerate(optimizers):
         tensors |= optimizer_tensors(optimizer, f"optimizer{number}")
     save_checkpoint(folder, step, tensors, {})

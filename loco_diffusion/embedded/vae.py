@@ -67,8 +67,8 @@ def _start_as_pyramid(vae: AutoencoderKL) -> None:
         if not isinstance(module, torch.nn.Conv2d):
             continue
         if name.endswith("conv2"):
-            torch.nn.init.zeros_(module.weight)
-            torch.nn.init.zeros_(module.bias)
+            for parameter in module.parameters():
+                torch.nn.init.zeros_(parameter)
         elif "sampler" in name:
             torch.nn.init.dirac_(module.weight)
             if module.stride == (2, 2):  # diffusers pads right and below: the window starts at the tap 0, 0
