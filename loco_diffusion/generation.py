@@ -8,20 +8,18 @@ picture = session.generate(["a red cube"], [0], maps={"canny": edges})[0]
 from __future__ import annotations
 
 import os
-import re
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import nn
 
+from loco_diffusion.bases import load_base
 from loco_diffusion.control import ConditionMap, Controller, family_of, resize_map
 from loco_diffusion.control.family import Pipeline
-from loco_diffusion.embedded import GUIDANCE, STEPS, load_packaged_pipeline, packaged_adapter
+from loco_diffusion.embedded import GUIDANCE, STEPS, packaged_adapter
 from loco_diffusion.errors import UserError
 from loco_diffusion.images import to_pil, to_tensor
 
@@ -214,7 +212,7 @@ def open_session(model: str | os.PathLike[str] | None = None) -> Session:
     Raises:
         UserError: the model is missing, damaged or of no known family.
     """
-    pipe = _load(model)
+    pipe = load_base(model, torch.float32 if model is None else torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
     family_of(pipe)
     _place(pipe)
@@ -242,40 +240,6 @@ def fit_map(image: Image.Image, condition: str, width: int, height: int) -> Imag
     return to_pil(resize_map(to_tensor(cropped)[None], condition, height, width)[0])
 
 
-def _load(model: str | os.PathLike[str] | None) -> Pipeline:
-    if model is None:
-        try:
-            return load_packaged_pipeline()
-        except UserError:
-            raise
-        except Exception as error:  # damaged files have nearly any exception type
-            raise UserError(
-                f"The packaged base is damaged ({_cause(error)}); reinstall the package."
-            ) from error
-    name = os.fspath(model)
-    folder = Path(name).expanduser()
-    if folder.is_file():
-        raise UserError(f"{folder} is a file; give the folder of a model in diffusers' format, or a hub id.")
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise UserError(f"{folder} is no model in diffusers' format (it has no model_index.json); give one.")
-    if not folder.is_dir() and not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", name):
-        raise UserError(f"There is no model folder {name}; check the path.")
-    from diffusers import DiffusionPipeline
-
-    source = str(folder) if folder.is_dir() else name
-    try:
-        return DiffusionPipeline.from_pretrained(source, dtype=torch.bfloat16)
-    except Exception as error:  # a broken file, a wrong id or no connection have many exception types
-        if not folder.is_dir():
-            raise UserError(
-                f"{name} is no folder here and cannot be loaded from the Hugging Face Hub ({_cause(error)}); "
-                "check the name, the connection and your access (hf auth login)."
-            ) from error
-        raise UserError(
-            f"The model {name} cannot be loaded ({_cause(error)}); give an intact folder in diffusers' format."
-        ) from error
-
-
 def _place(pipe: Pipeline) -> None:
     """Move a pipeline to the accelerator, whole or part by part."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -287,9 +251,3 @@ def _place(pipe: Pipeline) -> None:
         pipe.enable_model_cpu_offload()
     else:
         pipe.to(device)
-
-
-def _cause(error: Exception) -> str:
-    """The first words of an error."""
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return textwrap.shorten(first, 120, placeholder=" ...").rstrip(".:")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from loco_diffusion.adapters import default_target_modules
 from loco_diffusion.adapters.targets import TARGET_MODULES
@@ -32,32 +30,6 @@ def build_source(data: ScenesData | FolderData | DatasetData) -> Source:
     if isinstance(data, FolderData):
         return FolderSource(data.path, data.size)
     return DatasetSource(data.name, data.split, data.image_column, data.caption_column, data.size)
-
-
-def build_pipeline(config: TrainingConfig) -> DiffusionPipeline:
-    """Load the frozen base, on the CPU.
-
-    Raises:
-        UserError: it cannot be loaded.
-    """
-    from diffusers import DiffusionPipeline
-
-    from loco_diffusion.embedded import load_packaged_pipeline
-
-    dtype = getattr(torch, config.dtype)
-    try:
-        if config.base == "packaged":
-            return load_packaged_pipeline(dtype)
-        pipe: Any = DiffusionPipeline.from_pretrained(config.base, dtype=dtype)
-        return pipe
-    except UserError:
-        raise
-    except Exception as error:  # a wrong folder, id, file or connection has many exception types
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise UserError(
-            f"The base {config.base} cannot be loaded ({cause}); "
-            'give "packaged", a diffusers folder or a hub id as base.'
-        ) from error
 
 
 def build_controller(config: TrainingConfig, pipe: DiffusionPipeline) -> Controller:

@@ -14,10 +14,11 @@ from accelerate.state import AcceleratorState
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from loco_diffusion.bases import load_base
 from loco_diffusion.conditions import get_condition
 from loco_diffusion.control.family import family_of
 from loco_diffusion.errors import UserError
-from loco_diffusion.training.build import build_controller, build_pipeline, build_source
+from loco_diffusion.training.build import build_controller, build_source
 from loco_diffusion.training.checkpoints import (
     load_checkpoint,
     load_optimizer_tensors,
@@ -67,7 +68,7 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
     output = OutputFolder(Path(config.output))
     checkpoint = output.check(identity, resume)
     accelerator.wait_for_everyone()  # all have looked before the first writes
-    pipe: Any = build_pipeline(config)
+    pipe: Any = load_base(None if config.base == "packaged" else config.base, getattr(torch, config.dtype))
     torch.manual_seed(config.seed)  # of the adapter's initial weights
     controller = build_controller(config, pipe)
     family = family_of(pipe)

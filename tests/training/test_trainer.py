@@ -196,7 +196,7 @@ def test_impossible_runs_are_refused_before_anything_is_written(make: Any, tmp_p
     (tmp_path / "file").write_text("")
     cases: list[tuple[dict[str, Any], str]] = [
         ({"output": "file/run"}, "cannot be made"),
-        ({"base": str(tmp_path / "nowhere")}, "The base .*nowhere cannot be loaded"),
+        ({"base": str(tmp_path / "nowhere")}, "no model folder .*nowhere"),
         ({"data": {"source": "scenes", "size": 40}}, "data.size is 40, .* a multiple of 16; use 32"),
         ({"data": {"source": "folder", "path": "nowhere"}}, "folder nowhere does not exist"),
         ({"adapter": {"target_modules": ["to_x"]}}, "to_x"),
