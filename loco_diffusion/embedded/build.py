@@ -24,7 +24,7 @@ from loco_diffusion.embedded.base import build_base
 from loco_diffusion.embedded.depth import build_depth
 from loco_diffusion.embedded.vae import build_vae
 
-STEPS = {"vae": 1000, "base": 2400, "depth": 1000}
+STEPS = {"vae": 1000, "base": 620, "depth": 500}
 EXAMPLE_SEED = 20_000_033
 ADAPTERS = ("canny", "depth", "mask", "colorization", "deblur")
 
