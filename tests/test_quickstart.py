@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image, ImageChops
 
 from loco_diffusion import LoCOConfig, embedded
@@ -16,9 +17,6 @@ from loco_diffusion.generation import Session, fit_map, open_session
 from loco_diffusion.grid import picture_grid
 from loco_diffusion.quickstart import CONDITIONS, compare, comparison_grid
 
-HAS_ADAPTERS = all((embedded.WEIGHTS / "adapters" / condition).is_dir() for condition in CONDITIONS)
-
-
 @pytest.fixture(scope="module")
 def session() -> Session:
     """The packaged base with adapters that change pictures a little."""
@@ -27,7 +25,7 @@ def session() -> Session:
         config = LoCOConfig(r=1, num_rotations=1)
         session.controller.add_adapter(condition, config, encoder=EncoderConfig(hidden_size=8))
         for parameter in session.controller.trainable_parameters(condition)["encoder"]:
-            parameter.data.add_(0.05)
+            torch.nn.init.normal_(parameter, std=0.3)
     return session
 
 
@@ -87,21 +85,6 @@ def test_the_command_draws_a_photo_and_never_overwrites(
     assert Image.open("quickstart-2.png").height > 5 * 256
     assert main(["quickstart", "--out", "quickstart.png"]) == 2
     assert "--overwrite" in capfd.readouterr().err
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not HAS_ADAPTERS, reason="the packaged adapters are not built yet")
-def test_the_packaged_adapters_follow_the_example() -> None:
-    session = open_session()
-    session.load_adapters(dict.fromkeys(CONDITIONS))
-    picture, prompt = Image.open(EXAMPLE_PICTURE), EXAMPLE_PROMPT.read_text().strip()
-    for c in compare(session, picture, prompt, sampling=session.sampling(steps=8)):
-        better = (
-            c.with_control > c.without_control
-            if c.score.higher_is_better
-            else c.with_control < c.without_control
-        )
-        assert better, f"{c.condition}: {c.with_control:.4g} with control, {c.without_control:.4g} without"
 
 
 def test_a_grid_shows_the_pictures_in_their_places() -> None:
