@@ -17,6 +17,7 @@ from loco_diffusion.generation import Session, fit_map, open_session
 from loco_diffusion.grid import picture_grid
 from loco_diffusion.quickstart import CONDITIONS, compare, comparison_grid
 
+
 @pytest.fixture(scope="module")
 def session() -> Session:
     """The packaged base with adapters that change pictures a little."""

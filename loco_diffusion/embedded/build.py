@@ -18,6 +18,7 @@ from typing import Annotated
 import torch
 import typer
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 
 from loco_diffusion.embedded import EXAMPLE_PICTURE, EXAMPLE_PROMPT, WEIGHTS, packaged_base
 from loco_diffusion.embedded.base import build_base
@@ -52,6 +53,7 @@ def main(
     elif stage is Stage.base:
         built = runs / "vae" / "final"
         vae = AutoencoderKL.from_pretrained(built if built.exists() else packaged_base() / "vae")
+        vae.register_to_config(_name_or_path="")  # else the folder of this machine would be packaged
         pipe = build_base(count, vae, runs, device)
         _replace(out / "base", pipe.to("cpu", torch.float16).save_pretrained)
     elif stage is Stage.depth:
@@ -82,7 +84,17 @@ def _build_adapters(runs: Path, out: Path) -> None:
         config = load_config(Path(str(files("loco_diffusion.embedded"))) / "adapters" / f"{condition}.yaml")
         config = config.model_copy(update={"output": str(runs / "adapters" / condition)})
         trained = train(config, resume=True)
-        _replace(out / "adapters" / condition, partial(shutil.copytree, trained, dirs_exist_ok=True))
+        _replace(out / "adapters" / condition, partial(_copy_in_half_precision, trained))
+
+
+def _copy_in_half_precision(adapter: Path, folder: Path) -> None:
+    """Copy an adapter folder; loading makes its weights float32 again."""
+    for path in adapter.iterdir():
+        if path.suffix == ".safetensors":
+            tensors = {name: tensor.half() for name, tensor in load_file(path).items()}
+            save_file(tensors, folder / path.name, metadata={"format": "pt"})
+        else:
+            shutil.copy(path, folder)
 
 
 def _draw_example() -> None:
