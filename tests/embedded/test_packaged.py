@@ -59,10 +59,11 @@ def test_the_vae_keeps_pictures(pipe: FluxPipeline) -> None:
 
 
 def test_depth_maps_resemble_the_scenes_own_depth() -> None:
-    scenes = render([sample_scene(seed) for seed in TEST_SEEDS[:8]])
+    scenes = render([sample_scene(seed) for seed in TEST_SEEDS[:32]])
     maps = [to_tensor(get_condition("depth").extract(to_pil(image)))[0] for image in scenes.image]
-    for predicted, exact in zip(maps, scenes.depth, strict=True):
-        assert torch.corrcoef(torch.stack([predicted.flatten(), exact.flatten()]))[0, 1] > 0.95
+    pairs = zip(maps, scenes.depth, strict=True)
+    agreement = [torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1] for a, b in pairs]
+    assert torch.stack(agreement).mean() > 0.97
 
 
 @pytest.mark.parametrize("condition", ADAPTERS)
