@@ -20,7 +20,7 @@ _FOLDER = Path(str(files(__name__)))
 WEIGHTS = _FOLDER / "weights"
 EXAMPLE_PICTURE = _FOLDER / "examples" / "scene.png"
 EXAMPLE_PROMPT = _FOLDER / "examples" / "scene.txt"
-GUIDANCE = 2.5  # classifier-free guidance (true_cfg_scale) that suits the packaged base
+GUIDANCE = 2.5  # classifier-free guidance (true_cfg_scale) for the packaged base; not tuned yet
 STEPS = 20
 
 
