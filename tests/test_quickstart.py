@@ -88,6 +88,19 @@ def test_the_command_draws_a_photo_and_never_overwrites(
     assert "--overwrite" in capfd.readouterr().err
 
 
+def test_the_packaged_adapters_follow_the_example() -> None:
+    session = open_session()
+    session.load_adapters(dict.fromkeys(CONDITIONS))
+    picture, prompt = Image.open(EXAMPLE_PICTURE), EXAMPLE_PROMPT.read_text().strip()
+    for c in compare(session, picture, prompt, sampling=session.sampling(steps=8)):
+        better = (
+            c.with_control > c.without_control
+            if c.score.higher_is_better
+            else c.with_control < c.without_control
+        )
+        assert better, f"{c.condition}: {c.with_control:.4g} with control, {c.without_control:.4g} without"
+
+
 def test_a_grid_shows_the_pictures_in_their_places() -> None:
     colors = [["red", "lime"], ["blue", "yellow"]]
     pictures = [[Image.new("RGB", (16, 8), color) for color in row] for row in colors]

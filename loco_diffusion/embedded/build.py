@@ -24,10 +24,10 @@ from loco_diffusion.embedded import EXAMPLE_PICTURE, EXAMPLE_PROMPT, WEIGHTS, pa
 from loco_diffusion.embedded.base import build_base
 from loco_diffusion.embedded.depth import build_depth
 from loco_diffusion.embedded.vae import build_vae
+from loco_diffusion.quickstart import CONDITIONS
 
 STEPS = {"vae": 1000, "base": 620, "depth": 500}
 EXAMPLE_SEED = 20_000_033
-ADAPTERS = ("canny", "depth", "mask", "colorization", "deblur")
 
 
 class Stage(str, Enum):
@@ -80,9 +80,10 @@ def _build_adapters(runs: Path, out: Path) -> None:
     from loco_diffusion.training.config import load_config
     from loco_diffusion.training.trainer import train
 
-    for condition in ADAPTERS:
+    for condition in CONDITIONS:
         config = load_config(Path(str(files("loco_diffusion.embedded"))) / "adapters" / f"{condition}.yaml")
-        config = config.model_copy(update={"output": str(runs / "adapters" / condition)})
+        base = "packaged" if out == WEIGHTS else str(out / "base")
+        config = config.model_copy(update={"output": str(runs / "adapters" / condition), "base": base})
         trained = train(config, resume=True)
         _replace(out / "adapters" / condition, partial(_copy_in_half_precision, trained))
 

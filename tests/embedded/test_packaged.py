@@ -18,10 +18,10 @@ from loco_diffusion.embedded import (
     load_packaged_pipeline,
     packaged_adapter,
 )
-from loco_diffusion.embedded.build import ADAPTERS
 from loco_diffusion.errors import UserError
 from loco_diffusion.images import load_image, to_pil, to_tensor
 from loco_diffusion.metrics.functional import edge_f1, pixel_mse
+from loco_diffusion.quickstart import CONDITIONS
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_depth_maps_resemble_the_scenes_own_depth() -> None:
     assert torch.stack(agreement).mean() > 0.97
 
 
-@pytest.mark.parametrize("condition", ADAPTERS)
+@pytest.mark.parametrize("condition", CONDITIONS)
 def test_every_adapter_brings_pictures_nearer_to_its_condition(pipe: FluxPipeline, condition: str) -> None:
     scenes = [sample_scene(seed) for seed in TEST_SEEDS[:4]]
     inputs = [to_pil(picture) for picture in render(scenes).image]
