@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.resources import files
-from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, ClassVar
 
@@ -13,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from loco_diffusion.embedded import packaged_depth_network
 from loco_diffusion.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ class Depth:
         Raises:
             UserError: the network cannot be loaded, or predicts NaN or infinity.
         """
-        estimator = _load(self.model or packaged_depth_network(), self.device)
+        estimator = _load(self.model or str(packaged_depth_network()), self.device)
         with torch.inference_mode(), np.errstate(invalid="ignore", divide="ignore"):  # 0/0 on constant depth
             result = estimator(image.convert("RGB"))
         depth = result["predicted_depth"]
@@ -55,18 +54,6 @@ class Depth:
         if bool(depth.max() - depth.min() <= FLAT * depth.abs().max()):
             return Image.new("RGB", image.size)
         return result["depth"].convert("RGB")
-
-
-def packaged_depth_network() -> str:
-    """Folder of the depth network that comes with the package.
-
-    Raises:
-        UserError: the installation lacks it.
-    """
-    folder = Path(str(files("loco_diffusion") / "embedded" / "weights" / "depth"))
-    if not (folder / "config.json").is_file():
-        raise UserError(f"The packaged depth network is missing from {folder}; reinstall the package.")
-    return str(folder)
 
 
 def _load(model: str, device: str | None) -> DepthEstimationPipeline:
