@@ -124,8 +124,7 @@ class Demo:
             raise UserError("A number in the settings is empty; fill it in.")
         if not 0 <= seed <= MAX_SEED:
             raise UserError(f"The seed must be from 0 to {MAX_SEED}, got {seed:g}.")
-        if unread := self.session.unread_tokens(prompt):
-            gr.Info(f"The prompt is too long for the model, which will not read its last {unread} tokens.")
+        self.session.check_prompt_length(prompt)
         maps = self._maps(upload, list(strength))
         sampling = self.session.sampling(steps=int(steps), guidance=guidance)
 

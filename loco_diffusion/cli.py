@@ -115,7 +115,7 @@ def generate(
                 f"The sides must be multiples of {session.token_pixels} px; "
                 f"drawing {sampling.width}x{sampling.height}."
             )
-        _note_unread(session, prompt)
+        session.check_prompt_length(prompt)
         size = (sampling.width, sampling.height)
         maps = {c: get_condition(c).extract(fit(loaded[c], *size)) for c in pictures}
         maps |= {c: fit_map(loaded[c], c, *size) for c in ready}
@@ -223,7 +223,7 @@ def quickstart(
     with progress_bars() as progress:
         session = _open_session(progress, None, dict.fromkeys(CONDITIONS))
         sampling = session.sampling(steps=steps)
-        _note_unread(session, prompt)
+        session.check_prompt_length(prompt)
         bar = progress.add_task("Drawing", total=(1 + len(CONDITIONS)) * sampling.steps)
 
         def report(title: str, step: int, total: int) -> None:
@@ -260,12 +260,6 @@ def _open_session(progress: Progress, model: str | None, adapters: dict[str, str
     session.load_adapters(adapters)
     progress.update(task, completed=1)
     return session
-
-
-def _note_unread(session: Session, prompt: str) -> None:
-    unread = session.unread_tokens(prompt)
-    if unread:
-        note(f"The prompt is too long for this model; its last {unread} tokens are ignored.")
 
 
 def _save(picture: Image.Image, out: Path) -> None:

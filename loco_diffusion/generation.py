@@ -121,11 +121,15 @@ class Session:
             guidance=default.guidance if guidance is None else guidance,
         )
 
-    def unread_tokens(self, prompt: str) -> int:
-        """How many tokens at the prompt's end the base will not read; 0 for all but very long prompts."""
+    def check_prompt_length(self, prompt: str) -> None:
+        """Raise UserError if the base would not read the end of the prompt."""
         tokenizer = getattr(self.pipe, "tokenizer_2", None) or self.pipe.tokenizer
         count = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
-        return max(0, count - self.controller.family.text_length(self.pipe))
+        limit = self.controller.family.text_length(self.pipe)
+        if count > limit:
+            raise UserError(
+                f"The prompt has {count} tokens, but this model reads only the first {limit}; shorten it."
+            )
 
     def generate(
         self,

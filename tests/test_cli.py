@@ -127,12 +127,19 @@ def test_without_control_it_draws_from_the_prompt(tiny: list[str]) -> None:
     assert Image.open("a.jpg").size == (32, 32)
 
 
-def test_long_prompts_and_odd_sizes_are_noted(tiny: list[str], capfd: pytest.CaptureFixture[str]) -> None:
-    assert main([*tiny, "--width", "41", "--height", "30", "--prompt", "cube " * 50]) == 0
+def test_odd_sizes_are_noted(tiny: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([*tiny, "--width", "41", "--height", "30"]) == 0
     captured = capfd.readouterr()
     assert "(48x32 px)" in captured.out
     notes = captured.err.splitlines()
-    assert len(notes) == 2 and "multiples of 16" in notes[0] and "too long" in notes[1]
+    assert len(notes) == 1 and "multiples of 16" in notes[0]
+
+
+def test_a_prompt_that_the_model_would_not_read_to_its_end_is_refused(
+    tiny: list[str], failure: Failure
+) -> None:
+    assert "shorten it" in failure(*tiny, "--prompt", "cube " * 50)
+    assert not Path("out.png").exists()
 
 
 def test_a_process_writes_the_picture_and_nothing_else(controlled: list[str]) -> None:

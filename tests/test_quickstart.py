@@ -13,6 +13,7 @@ from loco_diffusion.cli import main
 from loco_diffusion.control import EncoderConfig
 from loco_diffusion.data.scenes import TEST_SEEDS, sample_scene
 from loco_diffusion.embedded import EXAMPLE_PICTURE, EXAMPLE_PROMPT
+from loco_diffusion.errors import UserError
 from loco_diffusion.generation import Session, fit_map, open_session
 from loco_diffusion.grid import picture_grid
 from loco_diffusion.quickstart import CONDITIONS, compare, comparison_grid
@@ -34,7 +35,8 @@ def session() -> Session:
 def weights(session: Session, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the package ships, with the adapters of `session`."""
     folder = tmp_path_factory.mktemp("weights")
-    (folder / "base").symlink_to(embedded.packaged_base())
+    for part in ("base", "depth"):
+        (folder / part).symlink_to(embedded.WEIGHTS / part)
     for condition in CONDITIONS:
         session.controller.save_adapter(folder / "adapters" / condition, condition)
     return folder
@@ -66,7 +68,9 @@ def test_the_example_is_a_held_out_scene_that_the_base_can_read(session: Session
     captions = {sample_scene(seed).caption for seed in TEST_SEEDS[:64]}
     prompt = EXAMPLE_PROMPT.read_text().strip()
     assert prompt in captions
-    assert session.unread_tokens(prompt) == 0 < session.unread_tokens(prompt * 3)
+    session.check_prompt_length(prompt)
+    with pytest.raises(UserError, match="shorten it"):
+        session.check_prompt_length(prompt * 3)
     assert Image.open(EXAMPLE_PICTURE).size == (128, 128)
 
 
