@@ -63,7 +63,7 @@ def test_depth_maps_resemble_the_scenes_own_depth() -> None:
     maps = [to_tensor(get_condition("depth").extract(to_pil(image)))[0] for image in scenes.image]
     pairs = zip(maps, scenes.depth, strict=True)
     agreement = [torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1] for a, b in pairs]
-    assert torch.stack(agreement).mean() > 0.97
+    assert torch.stack(agreement).min() > 0.95
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)
