@@ -21,6 +21,7 @@ _FLUX_ATTENTION_FF = (
 )
 
 DEFAULT_PRESET = "attention"
+PRESETS = ("attention", "attention+ff", "all-linear")
 TARGET_MODULES: dict[str, dict[str, list[str] | str]] = {
     "FluxTransformer2DModel": {"attention": _FLUX_ATTENTION, "attention+ff": _FLUX_ATTENTION_FF},
 }
