@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -91,7 +91,7 @@ def fit_supports(
             f"The adapter {adapter_name!r} has nothing to fit: only LOFT with support gradient or skew and LoCO "
             "with init skew start from gradients."
         )
-    weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
+    weights = {name: getattr(layer.get_base_layer(), "weight", None) for name, layer in layers.items()}
     with _switched_off(adapters):
         gradients = _gradients(model, loss_fn, batches, weights, num_batches)
     for name, layer in layers.items():
@@ -102,7 +102,7 @@ def _gradients(
     model: nn.Module,
     loss_fn: LossFunction[Batch],
     batches: Iterable[Batch],
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Any],
     num_batches: int,
 ) -> dict[str, Tensor]:
     for name, weight in weights.items():

@@ -74,10 +74,10 @@ class LOFTLayer(RotatedLayer):
         return 1.0
 
     def _start_basis(self, adapter: str) -> None:
-        waits = self.support[adapter] in GRADIENT_SUPPORTS
-        parameter = self._parameters_of(adapter)[0]
-        if waits or parameter.is_meta:  # on the meta device, because everything is about to be loaded
-            self.loft_basis[adapter] = torch.zeros(self.in_features, self.r[adapter], device=parameter.device)
+        waits = self.needs_gradient(adapter)
+        # on the meta device, because the adapter is about to be loaded
+        if waits or self._parameter(adapter).is_meta:
+            self.loft_basis[adapter] = torch.zeros(self.in_features, self.r[adapter])
         else:
             self._set_basis(adapter)
         self.fitted[adapter] = not waits
@@ -86,7 +86,10 @@ class LOFTLayer(RotatedLayer):
         support = self.support[adapter]
         weight = self._float_weight()[1] if support in WEIGHT_SUPPORTS else None
         basis = fit_support(support, self.in_features, self.r[adapter], weight, gradient)
-        self.loft_basis[adapter] = basis.to(self._parameters_of(adapter)[0])
+        self.loft_basis[adapter] = basis.to(self._parameter(adapter).device)
+
+    def _parameter(self, adapter: str) -> Tensor:
+        return (self.loft_matrix if adapter in self.loft_matrix else self.loft_skew)[adapter]
 
     def needs_gradient(self, adapter: str) -> bool:
         """Whether the adapter's support is "gradient" or "skew"."""
@@ -111,10 +114,10 @@ class LOFTLayer(RotatedLayer):
         if not self.fitted[adapter]:
             raise gradient_needed(self.support[adapter])
         scale = self.scaling[adapter] if scale is None else scale
-        parameter = self._parameters_of(adapter)[0]
+        parameter = self._parameter(adapter)
         parameter = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
         with torch.autocast(parameter.device.type, enabled=False):
-            core = _free_core(parameter, scale) if parameter.dim() == 2 else _cayley_core(parameter, scale)
+            core = (_free_core if adapter in self.loft_matrix else _cayley_core)(parameter, scale)
         return self.loft_basis[adapter].to(core), core
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
