@@ -195,8 +195,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the adapters into the base layer, computed in float32 and rounded back once.
 
-        A merged bfloat16 weight is therefore W' to within 2^-9 of each entry (2^-12 in float16). Rounded twice,
-        W comes back from :meth:`unmerge` to within 2^-8 of its norm, not bit for bit.
+        A merged bfloat16 weight is therefore W' to within 2^-8 of each entry (2^-11 in float16). Rounded twice,
+        W comes back from :meth:`unmerge` to within 2^-7 of its norm after a rotation, not bit for bit.
 
         Args:
             safe_merge: check the merged weight for values that are not finite before writing it.

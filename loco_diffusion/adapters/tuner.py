@@ -18,7 +18,7 @@ from peft.utils import (
 from torch import Tensor, nn
 
 from loco_diffusion.adapters.config import AdapterConfig
-from loco_diffusion.adapters.targets import DEFAULT_PRESET, PRESETS, TARGET_MODULES, default_target_modules
+from loco_diffusion.adapters.targets import DEFAULT_PRESET, DENOISERS, PRESETS, default_target_modules
 from loco_diffusion.errors import UserError
 
 
@@ -73,7 +73,7 @@ class AdapterModel(BaseTuner):
             elif targets != "all-linear":  # peft finds the linear layers of any model itself
                 raise UserError(
                     f"{self.method} has no default target_modules for {model_class} (only for "
-                    f"{', '.join(TARGET_MODULES)}): set {self.method}Config.target_modules to its linear layers."
+                    f"{', '.join(DENOISERS)}): set {self.method}Config.target_modules to its linear layers."
                 )
         return peft_config
 

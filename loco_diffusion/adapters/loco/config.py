@@ -94,8 +94,8 @@ class LoCOConfig(AdapterConfig):
         alphas = {"alpha": self.r if self.alpha is None else self.alpha}
         alphas |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in self.alpha_pattern.items()}
         for name, alpha in alphas.items():
-            if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-                raise UserError(f"LoCOConfig.{name} must be a finite number, got {alpha!r}.")
+            if not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or not alpha:
+                raise UserError(f"LoCOConfig.{name} must be a finite number other than 0, got {alpha!r}.")
         choices = {"map": ROTATION_MAPS, "side": get_args(RotatedSide), "init": get_args(PlaneInit)}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

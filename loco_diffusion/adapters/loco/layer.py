@@ -51,13 +51,7 @@ class LoCOLayer(RotatedLayer):
         for side in sides:
             self._check_width(side, config)
         self._forget(adapter_name)
-        self.r[adapter_name] = config.r
-        self.alpha[adapter_name] = config.r if config.alpha is None else config.alpha
-        self.num_rotations[adapter_name] = config.num_rotations
-        self.chain_order[adapter_name] = config.chain_order
-        self.rotation_map[adapter_name] = config.map
-        self.plane_init[adapter_name] = config.init
-        self.scaling[adapter_name] = self.full_scale(adapter_name)
+        self.configure(adapter_name, config)
         for side in sides:
             shape = (config.num_rotations, self.channels(side), config.r)
             u = nn.functional.normalize(torch.randn(shape), dim=1)
@@ -70,6 +64,16 @@ class LoCOLayer(RotatedLayer):
             m = (0.0 if config.init_weights else 0.1) * torch.randn(self.channels(side))
             self._parameters_on(side, "m")[adapter_name] = nn.Parameter(m)
         self._updated(adapter_name, config)
+
+    def configure(self, adapter: str, config: LoCOConfig) -> None:
+        """Take over the settings of a configuration that gives the parameters their present shapes."""
+        self.r[adapter] = config.r
+        self.alpha[adapter] = config.r if config.alpha is None else config.alpha
+        self.num_rotations[adapter] = config.num_rotations
+        self.chain_order[adapter] = config.chain_order
+        self.rotation_map[adapter] = config.map
+        self.plane_init[adapter] = config.init
+        self.scaling[adapter] = self.full_scale(adapter)
 
     def _check_width(self, side: Side, config: LoCOConfig) -> None:
         width = 2 * config.r * config.num_rotations
