@@ -16,7 +16,9 @@ from peft.utils import (
     resolve_quantization_backend,
 )
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from loco_diffusion.adapters.adapted import AdaptedLayer
 from loco_diffusion.adapters.config import AdapterConfig
 from loco_diffusion.adapters.targets import DEFAULT_PRESET, DENOISERS, PRESETS, default_target_modules
 from loco_diffusion.errors import UserError
@@ -25,11 +27,11 @@ from loco_diffusion.errors import UserError
 class AdapterModel(BaseTuner):
     """Puts a method's layers around the target layers of a model; peft makes one to add or load an adapter.
 
-    A method's subclass sets ``prefix``, ``tuner_layer_cls`` and ``layer_types``. Its layers are constructed
-    with (base layer, adapter name, configuration, quantisation) and have ``update_layer(adapter_name, config)``.
+    A method's subclass sets ``prefix``, ``tuner_layer_cls`` and ``layer_types``.
     """
 
-    layer_types: dict[str, Any] = {}
+    tuner_layer_cls: type[AdaptedLayer]
+    layer_types: dict[str, type[AdaptedLayer]] = {}
     """The layer class for each kind of base layer, "linear" and "conv2d"."""
     # peft's own mapping is by transformers' model_type; the denoisers' defaults are in adapters/targets.py.
     target_module_mapping: dict[str, list[str]] = {}
@@ -173,6 +175,8 @@ def _class_name(model: nn.Module) -> str:
 
 def _kind(target: nn.Module, quantization: dict[str, Any]) -> str:
     layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if isinstance(layer, NonDynamicallyQuantizableLinear):
+        return "bypassed"  # torch's own attention reads its weight and never calls it
     if isinstance(layer, nn.Linear):
         return "linear"
     if isinstance(layer, nn.Conv2d):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from loco_diffusion import LoCOConfig
 from loco_diffusion.adapters import LoCOLayer
+from loco_diffusion.adapters.calibration import fit_supports
 from loco_diffusion.adapters.loco import hotswap_adapter
 from loco_diffusion.adapters.loco.layer import Linear
 from loco_diffusion.errors import UserError
@@ -119,6 +120,12 @@ def test_layer_too_narrow(side: str, channels: str) -> None:
 def test_other_layers_are_refused(target: nn.Module) -> None:
     with pytest.raises(UserError, match=f"'0' is a {type(target).__name__}"):
         get_peft_model(nn.Sequential(target), LoCOConfig(target_modules=["0"]))
+
+
+def test_a_layer_that_torch_bypasses_is_refused() -> None:
+    attention = nn.ModuleDict({"attention": nn.MultiheadAttention(64, 2)})
+    with pytest.raises(UserError, match="'attention.out_proj' is a NonDynamicallyQuantizableLinear"):
+        get_peft_model(attention, LoCOConfig(target_modules=["out_proj"]))
 
 
 def test_an_unknown_model_needs_target_modules() -> None:
@@ -223,6 +230,26 @@ def test_adapter_names_are_checked() -> None:
         model(x, adapter_names=["default", "default"])
     with pytest.raises(UserError, match="no adapter style: adapter_names may use default and __base__"):
         model.eval()(x, adapter_names=["default", "style"])
+
+
+@pytest.mark.parametrize("side", ["input", "both"])
+def test_planes_fitted_on_batches_learn_faster(side: str) -> None:
+    torch.manual_seed(1)
+    batch = torch.randn(64, IN), torch.randn(64, 3)
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+    slopes = {}
+    for init in ("random", "skew"):
+        model = get_peft_model(net(), config(init=init, init_weights=True, side=side))
+        if init == "skew":
+            fit_supports(model, loss_fn, [batch])
+        loss = loss_fn(model, batch)
+        torch.testing.assert_close(loss, loss_fn(net(), batch))
+        loss.backward()
+        slopes[init] = sum(p.grad.square().sum() for n, p in model.named_parameters() if "loco_v" in n)
+    assert slopes["skew"] > 2 * slopes["random"]
 
 
 # Several adapters as one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
@@ -57,4 +58,5 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
         strength = layer.scaling[adapter_name] / layer.full_scale(adapter_name)
         layer.configure(adapter_name, config.for_layer(path))
         layer.set_scale(adapter_name, strength)
-    model.peft_config[adapter_name] = config
+    configs: Any = model.peft_config
+    configs[adapter_name] = config

@@ -144,6 +144,7 @@ class LoCOLayer(RotatedLayer):
                 vectors = skew_planes(*pair, 2 * r * num_rotations)[:, ::2]
                 u.copy_(vectors.unflatten(1, (num_rotations, r)).transpose(0, 1))
                 v.zero_()
+            for side in SIDES:
                 if adapter in self._parameters_on(side, "m"):
                     self._parameters_on(side, "m")[adapter].zero_()
 
