@@ -19,9 +19,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
-import time
 from collections.abc import Callable
 from functools import partial, reduce
 from pathlib import Path
@@ -32,9 +29,11 @@ import torch
 import typer
 from chart import Color, Line, Panel, Style, figure
 from PIL import Image
+from timing import in_turn
 from torch import Tensor
 
 from loco_diffusion import rotations
+from loco_diffusion.machine import describe_machine
 
 LENGTHS = (2, 4, 8)
 TIMED_LENGTHS = (1, 2, 4, 8, 16)
@@ -68,7 +67,7 @@ def main(
     """Measure the chain orders and write the numbers and the figure."""
     results = {
         "settings": {"size": size, "r": r, "tokens": tokens, "repeats": repeats, "device": device},
-        "machine": _machine(device),
+        "machine": describe_machine(device, ["torch"]),
         "accuracy": accuracy(size, r),
         "time": timing(size, r, tokens, repeats, device),
     }
@@ -140,15 +139,9 @@ def timing(size: int, r: int, tokens: int, repeats: int, device: str) -> Records
             runs["evaluate", way] = partial(_without_gradients, _rotate, u, v, order, x)
         runs["train", SEQUENTIAL] = partial(_with_gradients, _rotate_one_by_one, u, v, x)
         runs["evaluate", SEQUENTIAL] = partial(_without_gradients, _rotate_one_by_one, u, v, x)
-        samples: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
-        for repeat in range(repeats + 2):  # the first two warm up
-            for key, run in runs.items():  # in turn, so that a disturbance meets all of them
-                elapsed = _milliseconds(run, device)
-                if repeat >= 2:
-                    samples[key].append(elapsed)
         records += [
             {"what": what, "way": way, "num_rotations": length, "milliseconds": median(times)}
-            for (what, way), times in samples.items()
+            for (what, way), times in in_turn(runs, repeats, device).items()
         ]
     return records
 
@@ -177,30 +170,6 @@ def _without_gradients(run: Callable[..., Tensor], *arguments: object) -> None:
         run(*arguments)
 
 
-def _milliseconds(run: Callable[[], object], device: str) -> float:
-    start = time.perf_counter()
-    run()
-    if device != "cpu":
-        torch.accelerator.synchronize()
-    return 1000 * (time.perf_counter() - start)
-
-
-def _machine(device: str) -> dict[str, Any]:
-    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
-    return {
-        "device": name,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
-
-
 def draw(results: dict[str, Any]) -> Image.Image:
     """The figure: errors by angle for each length, orthogonality errors likewise, time by length."""
     settings, machine = results["settings"], results["machine"]
@@ -220,7 +189,8 @@ def draw(results: dict[str, Any]) -> Image.Image:
     notes = [
         f"Chains of rotations, each in r = {settings['r']} planes of {settings['size']} dimensions (Cayley map). "
         f"Errors in float64. Time in float32, median of {settings['repeats']} runs.",
-        f"{machine['device']}, threads: {machine['threads']}, torch {machine['torch']}",
+        f"{machine['device']}; {machine['cpu']}, {machine['threads']} threads, load {machine['load']}; "
+        f"torch {machine['packages']['torch']}",
     ]
     rows = [errors, orthogonality, times]
     return figure("What the order of a chain of rotations is worth, and what it costs", notes, legend, rows)
