@@ -149,6 +149,11 @@ def load_on_base(folder: Path, content: PeftFolder, model: str | None) -> tuple[
     if isinstance(content, AdapterFolder):
         controller.load_adapter(folder, NAME)
     else:
-        layers.inject(denoiser, content.method, NAME)
-        layers.set_weights(denoiser, NAME, content.adapter)
+        try:
+            layers.inject(denoiser, content.method, NAME)
+            layers.set_weights(denoiser, NAME, content.adapter)
+        except UserError as error:
+            raise UserError(
+                f"{folder} does not fit the base model; give its own with --model ({error})"
+            ) from error
     return pipe, denoiser

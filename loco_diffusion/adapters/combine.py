@@ -163,6 +163,22 @@ def _scale(config: LoCOConfig, path: str) -> float:
 
 
 def _check_alike(adapters: Sequence[tuple[LoCOConfig, Weights]], how: Combination) -> None:
+    for config, weights in adapters:
+        if config.modules_to_save or config.bias != "none":
+            raise UserError(
+                "Adapters that also train biases or whole modules (bias, modules_to_save) cannot be merged into "
+                "one: merge each into the base model instead."
+            )
+        if resolve_order(config.chain_order, config.num_rotations) != config.num_rotations - 1:
+            raise UserError(
+                f"An adapter of chain_order {config.chain_order} is not a product of rotations and cannot be merged "
+                'with others: train it with "exact".'
+            )
+        if how == "compose" and any(name.rpartition(".")[2].startswith("loco_m") for name in weights):
+            raise UserError(
+                "Adapters with learned magnitudes cannot be composed, because scales between rotations make no "
+                "rotation: choose lie, or merge them into the base model one after the other."
+            )
     config, weights = adapters[0]
     for other, other_weights in adapters[1:]:
         if other.map != config.map:
@@ -180,19 +196,3 @@ def _check_alike(adapters: Sequence[tuple[LoCOConfig, Weights]], how: Combinatio
                 f"The adapters do not sit on the same layers: only one of them has {name}; merge adapters that "
                 "were trained with the same target_modules."
             )
-    for each, _ in adapters:
-        if each.modules_to_save or each.bias != "none":
-            raise UserError(
-                "Adapters that also train biases or whole modules (bias, modules_to_save) cannot be merged into "
-                "one: merge each into the base model instead."
-            )
-        if resolve_order(each.chain_order, each.num_rotations) != each.num_rotations - 1:
-            raise UserError(
-                f"An adapter of chain_order {each.chain_order} is not a product of rotations and cannot be merged "
-                'with others: train it with "exact".'
-            )
-    if how == "compose" and any(name.rpartition(".")[2].startswith("loco_m") for name in weights):
-        raise UserError(
-            "Adapters with learned magnitudes cannot be composed, because scales between rotations make no "
-            "rotation: choose lie, or merge them into the base model one after the other."
-        )

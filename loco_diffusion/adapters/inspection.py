@@ -101,6 +101,7 @@ def rotations_of(method: PeftConfig, weights: Mapping[str, Tensor]) -> Iterator[
         with torch.device("meta"):  # no base weight, and nothing computed from it
             base = nn.Linear(channels.get("input", 1), channels.get("output", 1))
             layer = tuner.layer_types["linear"](base, _NAME, method.for_layer(path))
+        assert isinstance(layer, RotatedLayer)
         state = {f"{kind}.{_NAME}": tensor for kind, tensor in parameters.items()}
         layer.load_state_dict(state, strict=False, assign=True)
         with torch.no_grad():
