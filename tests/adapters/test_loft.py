@@ -166,8 +166,10 @@ def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
 def test_fitting(support: Support, tmp_path: Path) -> None:
     model = get_peft_model(net(), config(support=support))
     x = BATCHES[0]
-    with pytest.raises(UserError, match=r"call loco_diffusion\.adapters\.calibration\.fit_supports"):
-        model(x)
+    model.save_pretrained(str(tmp_path))
+    for unfitted in (model, PeftModel.from_pretrained(net(), str(tmp_path))):
+        with pytest.raises(UserError, match=r"call loco_diffusion\.adapters\.calibration\.fit_supports"):
+            unfitted(x)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     fit_supports(model, loss_fn, BATCHES)

@@ -121,8 +121,10 @@ class LOFTLayer(RotatedLayer):
         return self.loft_basis[adapter].to(core), core
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        loaded = {name: True for name in self.fitted if f"{prefix}loft_basis.{name}" in state_dict}
-        self.fitted.update(loaded)
+        for name in self.fitted:
+            basis = state_dict.get(f"{prefix}loft_basis.{name}")
+            if basis is not None:  # zeros, if it was saved before it was fitted
+                self.fitted[name] = bool(basis.any())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __repr__(self) -> str:
