@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loco_diffusion.adapters.loca import LoCAConfig, LoCALayer, LoCAModel, LocationSchedule
-from loco_diffusion.adapters.loco import LoCOConfig, LoCOLayer, LoCOModel
+from loco_diffusion.adapters.loco import LoCOConfig, LoCOLayer, LoCOModel, hotswap_adapter
 from loco_diffusion.adapters.loft import LOFTConfig, LOFTLayer, LOFTModel
 from loco_diffusion.adapters.registry import register
 from loco_diffusion.adapters.targets import default_target_modules
@@ -20,6 +20,7 @@ __all__ = [
     "LoCOModel",
     "LocationSchedule",
     "default_target_modules",
+    "hotswap_adapter",
 ]
 
 register("loco", LoCOConfig, LoCOModel)

@@ -408,6 +408,23 @@ def test_compiles_into_one_graph(kind: str, backend: str) -> None:
         torch.testing.assert_close(compiled(x), made(x), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_cuda_graphs(kind: str) -> None:
+    made = trainable(kind, side="both", magnitude=True).cuda()
+    x = inputs(made, torch.float32).cuda()
+    weights = [p for p in made.parameters() if p.requires_grad]
+    run = torch.cuda.make_graphed_callables(made, (x,))
+    with torch.no_grad():
+        for weight in weights:
+            weight.mul_(1.1)
+    found = torch.autograd.grad(run(x).square().sum(), weights)
+    torch.cuda.set_sync_debug_mode("error")
+    expected = torch.autograd.grad(made(x).square().sum(), weights)
+    torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing(use_reentrant: bool) -> None:
     made = trainable("linear", side="both", magnitude=True)
