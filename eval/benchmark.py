@@ -38,6 +38,7 @@ from loco_diffusion.embedded import packaged_adapter
 from loco_diffusion.errors import UserError
 from loco_diffusion.generation import Sampling, Session, open_session
 from loco_diffusion.images import to_pil
+from loco_diffusion.machine import cpu_name
 from loco_diffusion.scoring import TaskScores
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "torchmetrics", "controlnet-aux", "pillow", "numpy")
@@ -198,18 +199,10 @@ def _describe_environment(session: Session) -> dict[str, Any]:
         "system_info": {
             "python": platform.python_version(),
             "cpu_count": os.cpu_count(),
-            "cpu": _cpu_name(),
+            "cpu": cpu_name(),
             "device": str(session.pipe.device),
         },
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
 
 
 def _check_writable(folder: Path) -> None:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from loco_diffusion.adapters import LoCOConfig
+from loco_diffusion.adapters import LoCAConfig, LoCOConfig, LOFTConfig
 
 if TYPE_CHECKING:
     from loco_diffusion.control.controller import Controller
 
-__all__ = ["Controller", "LoCOConfig"]
+__all__ = ["Controller", "LOFTConfig", "LoCAConfig", "LoCOConfig"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: loco-diffusion generate | train | info | quickstart.
+"""The command line: loco-diffusion generate | train | export | merge | info | quickstart.
 
 Heavy libraries are imported inside the commands, so that help and usage errors come at once. Every error that
 the user can mend is one line on standard error and exit status 2.
@@ -6,7 +6,6 @@ the user can mend is one line on standard error and exit status 2.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +16,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from loco_diffusion.cli_adapters import export, merge
+from loco_diffusion.cli_info import info
 from loco_diffusion.console import note, progress_bars, quiet_libraries, run_app, say
 from loco_diffusion.control_options import check_prompt, parse_adapters, parse_controls, parse_strengths
 from loco_diffusion.errors import UserError
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
     from PIL import Image
 
     from loco_diffusion.generation import Session
@@ -159,33 +159,8 @@ def train(
     say(f"Wrote {folder}")
 
 
-@app.command()
-def info(
-    adapter: Annotated[str, typer.Argument(metavar="DIR_OR_HUB_ID", help="Adapter folder or hub id.")],
-) -> None:
-    """Show what is in an adapter folder."""
-    from loco_diffusion.control import adapter_folder
-
-    quiet_libraries()
-    folder = adapter_folder.find(adapter)
-    content = adapter_folder.read(folder)
-    method, control = content.method, content.control
-    targets = method.target_modules  # type: ignore[attr-defined]  # every method for layers has it
-    counts = [sum(t.numel() for t in weights.values()) for weights in (content.adapter, content.encoder)]
-    size = sum((folder / file).stat().st_size for file in adapter_folder.FILES)
-    table = Table.grid(padding=(0, 3))
-    for name, value in {
-        "method": str(getattr(method.peft_type, "value", method.peft_type)).lower(),
-        "condition": control.condition,
-        "base": " ".join(filter(None, (control.base.denoiser, control.base.name_or_path))),
-        "layers": targets if isinstance(targets, str) else ", ".join(sorted(targets)),
-        "settings": ", ".join(_settings(method)),
-        "encoder": f"{control.encoder.input}, {control.encoder.hidden_size} wide",
-        "parameters": f"{sum(counts):,} (adapter {counts[0]:,}, encoder {counts[1]:,})",
-        "files": f"{size / 1e6:.2f} MB",
-    }.items():
-        table.add_row(name, value)
-    Console(markup=False, highlight=False).print(table)
+for command in (export, merge, info):
+    app.command()(command)
 
 
 @app.command()
@@ -267,17 +242,6 @@ def _save(picture: Image.Image, out: Path) -> None:
 
     save_image(picture, out)
     say(f"Wrote {out} ({picture.width}x{picture.height} px)")
-
-
-def _settings(method: PeftConfig) -> list[str]:
-    """The method's own settings that are numbers or words."""
-    from peft import PeftConfig
-
-    common = {field.name for field in dataclasses.fields(PeftConfig)} | {"target_modules"}
-    own = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.name not in common}
-    return [
-        f"{name} {value}" for name, value in own.items() if value and isinstance(value, (int, float, str))
-    ]
 
 
 def _show_fields() -> None:

@@ -53,6 +53,8 @@ def chain(
     with torch.autocast(u.device.type, enabled=False):
         b = basis(u.to(dtype), v.to(dtype))
         gram = b.mT @ b
+        if map == "cayley" and resolve_order(order, num_rotations) == num_rotations - 1:
+            return b, cayley_chain_core(gram, num_rotations, scale)
         cores = rotation_cores(_diagonal_blocks(gram, num_rotations), scale, map)
         return b, chain_core(cores, gram, order)
 
@@ -115,6 +117,30 @@ def chain_core(cores: Tensor, gram: Tensor, order: ChainOrder = "exact") -> Tens
     for _ in range(order):
         core = torch.addmm(diagonal, step, core)
     return core
+
+
+def cayley_chain_core(gram: Tensor, num_rotations: int, scale: float) -> Tensor:
+    """The exact core of a chain of Cayley rotations in one solve, T = s (I - s J H)^-1 J.
+
+    J is the block diagonal of the [[0, I], [-I, 0]], H the strictly block-upper part of the Gram matrix plus
+    half of its diagonal blocks. It is what :func:`chain_core` gives for the cores of :func:`rotation_cores`,
+    (D^-1 - N)^-1 with D^-1 = -J / s - diag(G) / 2, in a few steps instead of some for each product.
+
+    Args:
+        gram: (2rm, 2rm), B^T B.
+        num_rotations: m.
+        scale: s, turns every angle.
+
+    Returns:
+        (2rm, 2rm).
+    """
+    ones = gram.new_ones(num_rotations, num_rotations)
+    share = (ones.triu() + ones.triu(1)) / 2
+    blocks = gram.view(num_rotations, -1, num_rotations, gram.shape[0] // num_rotations)
+    rows = (blocks * share[:, None, :, None]).view(num_rotations, -1, gram.shape[0])
+    eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    left = eye - scale * _left_j(rows).view(gram.shape)
+    return torch.linalg.solve_ex(left, scale * _left_j(eye.view(rows.shape)).view(gram.shape)).result
 
 
 def resolve_order(order: ChainOrder, num_rotations: int) -> int:

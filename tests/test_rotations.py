@@ -58,6 +58,20 @@ def test_exact_chain_is_the_product_of_the_rotations(
 
 
 @examples
+@given(SEEDS, st.integers(1, 4), st.integers(1, 3), SIZES, SCALES)
+def test_one_solve_gives_the_core_of_the_products(
+    seed: int, m: int, r: int, size: float, scale: float
+) -> None:
+    u, v = make_factors(seed, m, r, size)
+    planes = torch.cat([u, v], dim=-1)
+    basis = rotations.basis(u, v)
+    cores = rotations.rotation_cores(planes.mT @ planes, scale, "cayley")
+    expected = rotations.chain_core(cores, basis.mT @ basis)
+    core = rotations.cayley_chain_core(basis.mT @ basis, m, scale)
+    torch.testing.assert_close(core, expected, atol=1e-11, rtol=1e-9)
+
+
+@examples
 @given(SEEDS, st.integers(1, 4), st.integers(1, 3), SIZES, SCALES, MAPS)
 def test_exact_chain_is_orthogonal(
     seed: int, m: int, r: int, size: float, scale: float, map: RotationMap

@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -53,19 +54,28 @@ class ControlConfig(BaseModel):
 
 
 @dataclass(frozen=True)
-class AdapterFolder:
-    """What an adapter folder holds.
+class PeftFolder:
+    """What a folder of peft's holds.
 
     Attributes:
         method: peft's config of the adapter.
-        control: route, condition, encoder settings and base.
         adapter: the adapter's weights, named as in the base model.
-        encoder: the condition encoder's weights.
     """
 
     method: PeftConfig
-    control: ControlConfig
     adapter: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class AdapterFolder(PeftFolder):
+    """What an adapter folder holds.
+
+    Attributes:
+        control: route, condition, encoder settings and base.
+        encoder: the condition encoder's weights.
+    """
+
+    control: ControlConfig
     encoder: dict[str, Tensor]
 
 
@@ -130,16 +140,21 @@ def read(folder: Path) -> AdapterFolder:
     Raises:
         UserError: a file is missing or damaged, the method is unknown, or weights are not finite.
     """
-    for file in FILES:
-        if not (folder / file).is_file():
-            raise UserError(
-                f"{folder} is no adapter folder: it has no {file}; give the folder of an adapter."
-            )
+    _check_complete(folder, FILES)
     control = _read_control(folder / CONTROL_FILE)
-    method = _read_method(folder / METHOD_FILE)
-    adapter = _read_weights(folder / ADAPTER_FILE)
-    adapter = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in adapter.items()}
-    return AdapterFolder(method, control, adapter, _read_weights(folder / ENCODER_FILE))
+    return AdapterFolder(*_read_adapter(folder), control, _read_weights(folder / ENCODER_FILE))
+
+
+def read_any(folder: Path) -> PeftFolder:
+    """Read and check an adapter folder, or one that peft saved, which has no condition encoder.
+
+    Raises:
+        UserError: as `read`.
+    """
+    if (folder / CONTROL_FILE).is_file():
+        return read(folder)
+    _check_complete(folder, (METHOD_FILE, ADAPTER_FILE))
+    return PeftFolder(*_read_adapter(folder))
 
 
 def check_target(folder: Path) -> None:
@@ -167,7 +182,7 @@ def check_target(folder: Path) -> None:
         )
 
 
-def write(folder: Path, content: AdapterFolder) -> Path:
+def write(folder: Path, content: PeftFolder) -> Path:
     """Write an adapter folder atomically: at any moment it is complete, absent, or what it was before.
 
     Returns:
@@ -176,7 +191,8 @@ def write(folder: Path, content: AdapterFolder) -> Path:
     Raises:
         UserError: see `check_target`; or weights are not finite, or writing fails.
     """
-    if not (all_finite(content.adapter) and all_finite(content.encoder)):
+    control = content if isinstance(content, AdapterFolder) else None
+    if not all_finite(content.adapter) or (control and not all_finite(control.encoder)):
         raise UserError(
             "The adapter has weights that are NaN or infinite; train it with a lower learning rate."
         )
@@ -189,8 +205,9 @@ def write(folder: Path, content: AdapterFolder) -> Path:
         method.inference_mode = True
         method.save_pretrained(str(partial))
         save_file(_portable(content.adapter, _PEFT_PREFIX), partial / ADAPTER_FILE, {"format": "pt"})
-        save_file(_portable(content.encoder), partial / ENCODER_FILE, {"format": "pt"})
-        (partial / CONTROL_FILE).write_text(content.control.model_dump_json(indent=2) + "\n")
+        if control:
+            save_file(_portable(control.encoder), partial / ENCODER_FILE, {"format": "pt"})
+            (partial / CONTROL_FILE).write_text(control.control.model_dump_json(indent=2) + "\n")
         if folder.exists():
             os.rename(folder, old)  # a folder that is not empty cannot be replaced in one step
         os.rename(partial, folder)
@@ -203,6 +220,20 @@ def write(folder: Path, content: AdapterFolder) -> Path:
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def _check_complete(folder: Path, files: Sequence[str]) -> None:
+    for file in files:
+        if not (folder / file).is_file():
+            raise UserError(
+                f"{folder} is no adapter folder: it has no {file}; give the folder of an adapter."
+            )
+
+
+def _read_adapter(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
+    method = _read_method(folder / METHOD_FILE)
+    weights = _read_weights(folder / ADAPTER_FILE)
+    return method, {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in weights.items()}
 
 
 def _portable(weights: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:

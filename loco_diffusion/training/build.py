@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loco_diffusion.adapters import default_target_modules
-from loco_diffusion.adapters.targets import TARGET_MODULES
+from loco_diffusion.adapters.targets import DENOISERS, PRESETS
 from loco_diffusion.control.controller import Controller
 from loco_diffusion.control.encoder import EncoderConfig
 from loco_diffusion.control.family import family_of
@@ -15,8 +15,6 @@ from loco_diffusion.training.config import DatasetData, FolderData, ScenesData, 
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-PRESETS = ("attention", "attention+ff")
 
 
 def build_source(data: ScenesData | FolderData | DatasetData) -> Source:
@@ -52,7 +50,7 @@ def build_controller(config: TrainingConfig, pipe: DiffusionPipeline) -> Control
         known = default_target_modules(denoiser, targets)
         if known is None:
             raise UserError(
-                f"adapter.target_modules {targets!r} is known for {', '.join(TARGET_MODULES)} only; "
+                f"adapter.target_modules {targets!r} is known for {', '.join(DENOISERS)} only; "
                 f"name the linear layers of {denoiser}."
             )
         targets = known

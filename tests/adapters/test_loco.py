@@ -1,11 +1,8 @@
-"""LoCO layers against dense float64 rotations, and LoCO's life inside peft and diffusers."""
+"""LoCO's configuration, and its life inside peft and diffusers."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,8 @@ from peft.tuners.lora import convert_to_lora
 from torch import Tensor, nn
 
 from loco_diffusion import LoCOConfig
-from loco_diffusion.adapters import LoCOLayer, default_target_modules
+from loco_diffusion.adapters import LoCOLayer, hotswap_adapter
+from loco_diffusion.adapters.calibration import fit_supports
 from loco_diffusion.adapters.loco.layer import Linear
 from loco_diffusion.errors import UserError
 
@@ -55,273 +53,8 @@ def net() -> Net:
     return Net()
 
 
-def layer(dtype: torch.dtype = torch.float64, **changes: Any) -> Linear:
-    """An evaluated, frozen layer with an adapter that turns noticeably."""
-    torch.manual_seed(0)
-    made = Linear(nn.Linear(IN, OUT, dtype=dtype), "default", config(**changes)).eval().requires_grad_(False)
-    for v in made.loco_v.values():
-        v.mul_(8)
-    return made
-
-
-def dense_rotation(made: Linear, adapter: str = "default") -> Tensor:
-    """The adapter's R_1 ... R_m as a float64 matrix, from the definition."""
-    product = torch.eye(made.in_features, dtype=torch.float64)
-    eye = product
-    for u, v in zip(made.loco_u[adapter].double(), made.loco_v[adapter].double(), strict=True):
-        generator = made.scaling[adapter] * (u @ v.T - v @ u.T)
-        if made.rotation_map[adapter] == "exp":
-            product = product @ torch.matrix_exp(generator)
-        else:
-            product = product @ torch.linalg.inv(eye - generator / 2) @ (eye + generator / 2)
-    return product
-
-
-def base(made: Linear, x: Tensor) -> Tensor:
-    return made.get_base_layer()(x)
-
-
-# The layer's mathematics.
-
-
-@pytest.mark.parametrize("map", ["cayley", "exp"])
-@pytest.mark.parametrize("strength", [1.0, -0.5, 3.0])
-@pytest.mark.parametrize("training", [True, False])
-def test_layer_equals_dense_reference(map: str, strength: float, training: bool) -> None:
-    made = layer(map=map, alpha=3.0).to(torch.float64).train(training)
-    made.set_scale("default", strength)
-    assert made.scaling["default"] == strength * 3.0 / 2
-    linear = made.get_base_layer()
-    x = torch.randn(2, 5, IN, dtype=torch.float64)
-    expected = nn.functional.linear(x, linear.weight @ dense_rotation(made), linear.bias)
-    torch.testing.assert_close(made(x), expected, atol=1e-11, rtol=0)
-    assert not torch.allclose(expected, linear(x), atol=0.1)
-
-
-def test_starts_at_the_identity_with_a_gradient() -> None:
-    made = layer(torch.float32, init_weights=True).train()
-    made.loco_v.requires_grad_()
-    made.loco_u.requires_grad_()
-    torch.testing.assert_close(made.loco_u["default"].norm(dim=1), torch.ones(3, 2))
-    x = torch.randn(4, IN)
-    out = made(x)
-    assert torch.equal(out, base(made, x))
-    out.square().sum().backward()
-    assert made.loco_v["default"].grad.abs().min() > 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("order", ["exact", 0, 1])
-def test_weight_path_equals_activation_path(dtype: torch.dtype, order: int | str) -> None:
-    made = layer(dtype, chain_order=order)
-    weight = made.get_base_layer().weight.clone()
-    x = torch.randn(7, IN, dtype=dtype)
-    before, untouched = made(x), base(made, x)
-    delta = made.get_delta_weight("default")
-    made.merge(safe_merge=True)
-    merged = made.get_base_layer().weight
-    assert merged.dtype == dtype and made.merged
-    tolerance = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
-    torch.testing.assert_close(made(x), before, atol=tolerance, rtol=0)
-    assert (before - untouched).abs().max() > 5 * tolerance
-    torch.testing.assert_close(merged.double() - weight.double(), delta.double(), atol=tolerance, rtol=0)
-    made.unmerge()
-    assert not made.merged
-    torch.testing.assert_close(made.get_base_layer().weight, weight, atol=tolerance / 10, rtol=0.01)
-    with pytest.warns(UserWarning, match="Already unmerged"):
-        made.unmerge()
-
-
-def test_strength_zero_is_the_base_layer_bit_for_bit() -> None:
-    made = layer(torch.float32)
-    x = torch.randn(3, IN)
-    weight = made.get_base_layer().weight.clone()
-    made.scale_layer(0)
-    assert torch.equal(made(x), base(made, x))
-    made.merge()
-    assert torch.equal(made.get_base_layer().weight, weight)
-    made.unmerge()
-    assert torch.equal(made.get_base_layer().weight, weight)
-
-
-def test_scale_methods() -> None:
-    made = layer(alpha=6.0)
-    made.scale_layer(0.5)
-    assert made.scaling["default"] == 1.5
-    made.unscale_layer(0.5)
-    assert made.scaling["default"] == 3.0
-    made.scale_layer(0.3)
-    made.unscale_layer()
-    assert made.scaling["default"] == 3.0
-    made.set_scale("unknown", 2.0)
-    assert made.scaling == {"default": 3.0}
-
-
-def test_unmerge_uses_the_strength_of_the_merge() -> None:
-    made = layer()
-    weight = made.get_base_layer().weight.clone()
-    made.scale_layer(0.5)
-    made.merge()
-    made.unscale_layer(0.5)
-    made.unmerge()
-    torch.testing.assert_close(made.get_base_layer().weight, weight, atol=1e-6, rtol=0)
-
-
-def test_adapters_compose_in_order_of_activation() -> None:
-    made = layer()
-    made.update_layer("other", config(map="exp", r=3, num_rotations=2))
-    made.loco_v["other"].data *= 8
-    made.to(torch.float64)
-    linear = made.get_base_layer()
-    weight = linear.weight.clone()
-    x = torch.randn(4, IN, dtype=torch.float64)
-    for names in (["default", "other"], ["other", "default"]):
-        made.set_adapter(names, inference_mode=True)
-        rotation = dense_rotation(made, names[0]) @ dense_rotation(made, names[1])
-        expected = nn.functional.linear(x, linear.weight @ rotation, linear.bias)
-        torch.testing.assert_close(made(x), expected, atol=1e-11, rtol=0)
-        made.merge()
-        torch.testing.assert_close(made(x), expected, atol=1e-11, rtol=0)
-        made.unmerge()
-        made.merge(adapter_names=names[1:])
-        assert made.merged_adapters == names[1:]
-        torch.testing.assert_close(linear.weight, weight @ dense_rotation(made, names[1]), atol=1e-11, rtol=0)
-        made.unmerge()
-        torch.testing.assert_close(linear.weight, weight, atol=1e-11, rtol=0)
-
-
-def test_safe_merge_refuses_broken_weights_and_changes_nothing() -> None:
-    made = layer(torch.float32)
-    weight = made.get_base_layer().weight.clone()
-    made.loco_v["default"][0, 0, 0] = torch.nan
-    with pytest.raises(UserError, match="not finite"):
-        made.merge(safe_merge=True)
-    assert torch.equal(made.get_base_layer().weight, weight) and not made.merged
-
-
-def test_integer_weights_rotate_but_do_not_merge() -> None:
-    class Int8Linear(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.linear(x, self.weight.to(x.dtype) / 127, self.bias)
-
-    quantised = Int8Linear(IN, OUT)
-    quantised.weight = nn.Parameter((quantised.weight * 127).to(torch.int8), requires_grad=False)
-    made = Linear(quantised, "default", config()).eval()
-    x = torch.randn(2, IN)
-    expected = quantised(x @ dense_rotation(made).float().T)
-    torch.testing.assert_close(made(x), expected)
-    with pytest.raises(UserError, match="without quantisation"):
-        made.merge()
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_autocast_and_half_precision(training: bool) -> None:
-    made = layer(torch.float32).train(training)
-    x = torch.randn(5, IN)
-    exact = made(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = made(x)
-    assert out.dtype == torch.bfloat16 and exact.dtype == torch.float32
-    torch.testing.assert_close(out.float(), exact, atol=0.05, rtol=0)
-    made.get_base_layer().to(torch.bfloat16)
-    half = made(x.bfloat16())
-    assert half.dtype == torch.bfloat16 and made.loco_u["default"].dtype == torch.float32
-    torch.testing.assert_close(half.float(), exact, atol=0.05, rtol=0)
-
-
-def test_compiles_into_one_graph() -> None:
-    made = layer(torch.float32).train()
-    made.update_layer("other", config(map="exp"))
-    made.set_adapter(["default", "other"])
-    x = torch.randn(5, IN)
-    torch._dynamo.reset()
-    out = torch.compile(made, fullgraph=True, backend="eager")(x)
-    torch.testing.assert_close(out, made(x))
-    out.sum().backward()
-    assert made.loco_v["default"].grad is not None
-
-
-# The chains that evaluation keeps.
-
-
-def kept_chain(made: Linear) -> tuple[Tensor, Tensor] | None:
-    kept = made._chains.get("default")
-    return None if kept is None else kept.chain
-
-
-CHANGES: dict[str, Callable[[Linear], object]] = {
-    "in-place": lambda made: made.loco_v["default"].mul_(0.5),
-    "data swapped": lambda made: setattr(made.loco_v["default"], "data", made.loco_v["default"].data * 0.5),
-    "new parameter": lambda made: made.loco_v.update({"default": nn.Parameter(made.loco_v["default"] * 0.5)}),
-    "strength": lambda made: made.set_scale("default", 0.5),
-    "load_state_dict": lambda made: made.load_state_dict(
-        {name: value * 0.5 if "loco_v" in name else value for name, value in made.state_dict().items()}
-    ),
-    "load with assign": lambda made: made.load_state_dict(
-        {name: value * 0.5 if "loco_v" in name else value for name, value in made.state_dict().items()},
-        assign=True,
-    ),
-    "moved": lambda made: made.to(torch.float64),
-    "adapter replaced": lambda made: made.update_layer("default", config()),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_kept_chain_is_dropped_when_something_changes(change: str) -> None:
-    made = layer()
-    x = torch.randn(3, IN, dtype=torch.float64)
-    made(x)
-    first = kept_chain(made)
-    made(x)
-    assert first is not None and kept_chain(made) is first
-    with torch.no_grad():
-        CHANGES[change](made)
-        linear = made.get_base_layer()
-        expected = nn.functional.linear(x, linear.weight @ dense_rotation(made), linear.bias)
-        torch.testing.assert_close(made(x), expected, atol=1e-5, rtol=0)
-    assert kept_chain(made) is not first
-
-
-def test_kept_chain_follows_the_activations_dtype() -> None:
-    made = layer(torch.float32)
-    made(torch.randn(2, IN))
-    with torch.autocast("cpu", torch.bfloat16):
-        made(torch.randn(2, IN))
-    assert kept_chain(made)[0].dtype == torch.bfloat16
-
-
-def test_training_keeps_no_chain() -> None:
-    made = layer()
-    x = torch.randn(3, IN, dtype=torch.float64)
-    made(x)
-    made.train()
-    assert kept_chain(made) is None
-    made(x)
-    assert kept_chain(made) is None
-
-
-def test_evaluation_with_gradients_keeps_no_chain() -> None:
-    made = layer()
-    made.loco_v.requires_grad_()
-    x = torch.randn(3, IN, dtype=torch.float64)
-    made(x).sum().backward()
-    assert kept_chain(made) is None and made.loco_v["default"].grad.abs().max() > 0
-    with torch.no_grad():
-        made(x)
-    assert kept_chain(made) is not None
-
-
-def test_chain_kept_in_inference_mode_serves_gradients_of_the_input() -> None:
-    made = layer()
-    x = torch.randn(3, IN, dtype=torch.float64)
-    with torch.inference_mode():
-        expected = made(x)
-    kept = kept_chain(made)
-    x = x.clone().requires_grad_()
-    out = made(x)
-    out.sum().backward()
-    torch.testing.assert_close(out, expected.clone())
-    assert kept_chain(made) is kept and x.grad is not None
+def adapted(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, LoCOLayer)}
 
 
 # The configuration.
@@ -335,7 +68,12 @@ def test_chain_kept_in_inference_mode_serves_gradients_of_the_input() -> None:
         ({"num_rotations": -1}, "num_rotations must be a whole number above 0"),
         ({"alpha": float("nan")}, "alpha must be a finite number"),
         ({"alpha": "4"}, "alpha must be a finite number"),
+        ({"alpha": 0}, "alpha must be a finite number other than 0"),
         ({"map": "euler"}, "map must be one of cayley, exp"),
+        ({"side": "left"}, "side must be one of input, output, both"),
+        ({"init": "pca"}, "init must be one of random, skew"),
+        ({"rank_pattern": {"first": 0}}, r"rank_pattern\['first'\] must be a whole number above 0"),
+        ({"alpha_pattern": {"first": "a"}}, r"alpha_pattern\['first'\] must be a finite number"),
         ({"chain_order": 3}, "chain_order must be .* from 0 to 2"),
         ({"chain_order": -1}, "chain_order must be .* from 0 to 2"),
         ({"chain_order": "all"}, "chain_order must be .* from 0 to 2"),
@@ -354,6 +92,9 @@ def test_config_round_trips(tmp_path: Path) -> None:
         alpha=1.5,
         chain_order=1,
         map="exp",
+        side="both",
+        magnitude=True,
+        rank_pattern={"first": 1},
         bias="loco_only",
         exclude_modules=["b", "a"],
         modules_to_save=["h"],
@@ -363,29 +104,86 @@ def test_config_round_trips(tmp_path: Path) -> None:
     assert written["peft_type"] == "LOCO" and written["exclude_modules"] == ["a", "b"]
     loaded = PeftConfig.from_pretrained(str(tmp_path))
     assert isinstance(loaded, LoCOConfig) and loaded == made
-    assert LoCOConfig().alpha == 4.0
 
 
-def test_layer_too_narrow() -> None:
-    with pytest.raises(UserError, match=r"but 34 \(r = 17, num_rotations = 1\) exceeds the 32 inputs"):
-        Linear(nn.Linear(IN, OUT), "default", LoCOConfig(r=17, num_rotations=1))
+@pytest.mark.parametrize(("side", "channels"), [("input", "32 inputs"), ("both", "24 outputs")])
+def test_layer_too_narrow(side: str, channels: str) -> None:
+    r = 17 if side == "input" else 13
+    with pytest.raises(
+        UserError, match=rf"but {2 * r} \(r = {r}, num_rotations = 1\) exceeds the {channels}"
+    ):
+        Linear(nn.Linear(IN, OUT), "default", LoCOConfig(r=r, num_rotations=1, side=side))
 
 
-def test_only_linear_layers() -> None:
-    with pytest.raises(UserError, match="'0' is a Conv2d"):
-        get_peft_model(nn.Sequential(nn.Conv2d(3, 64, 1)), LoCOConfig(target_modules=["0"]))
+@pytest.mark.parametrize("target", [nn.Conv2d(64, 64, 1, groups=2), nn.Conv1d(64, 64, 1), nn.LayerNorm(64)])
+def test_other_layers_are_refused(target: nn.Module) -> None:
+    with pytest.raises(UserError, match=f"'0' is a {type(target).__name__}"):
+        get_peft_model(nn.Sequential(target), LoCOConfig(target_modules=["0"]))
+
+
+def test_a_layer_that_torch_bypasses_is_refused() -> None:
+    attention = nn.ModuleDict({"attention": nn.MultiheadAttention(64, 2)})
+    with pytest.raises(UserError, match="'attention.out_proj' is a NonDynamicallyQuantizableLinear"):
+        get_peft_model(attention, LoCOConfig(target_modules=["out_proj"]))
+
+
+def test_an_unknown_model_needs_target_modules() -> None:
+    for targets in (None, "attention"):
+        with pytest.raises(UserError, match="no default target_modules for Net"):
+            get_peft_model(net(), LoCOConfig(target_modules=targets))
+    everything = get_peft_model(net(), config(target_modules="all-linear"))
+    assert len(adapted(everything)) == 3
+    everything.add_adapter("again", config(target_modules="all-linear"))
+    assert len(adapted(everything)) == 3
+
+
+def test_ranks_and_alphas_by_layer() -> None:
+    model = get_peft_model(
+        net(), config(rank_pattern={"first": 4, "sec.*": 1}, alpha_pattern={"base|second": 3.0})
+    ).base_model.model
+    assert model.first.r == {"default": 4} and model.first.loco_u["default"].shape == (3, IN, 4)
+    assert model.second.r == {"default": 1} and model.second.loco_u["default"].shape == (3, OUT, 1)
+    assert model.first.scaling == {"default": 1.0} and model.second.scaling == {"default": 3.0}
+
+
+class Blocks(nn.Module):
+    """Two lists of blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer = nn.ModuleList(nn.ModuleDict({"proj": nn.Linear(IN, IN)}) for _ in range(3))
+        self.inner = nn.ModuleList(nn.ModuleDict({"proj": nn.Linear(IN, IN)}) for _ in range(3))
+
+
+@pytest.mark.parametrize("targets", [["proj"], r".*\.proj"])
+@pytest.mark.parametrize(
+    ("selection", "expected"),
+    [
+        ({"layers_to_transform": 1}, {"outer.1.proj", "inner.1.proj"}),
+        ({"layers_to_transform": [0, 2], "layers_pattern": "inner"}, {"inner.0.proj", "inner.2.proj"}),
+        ({"exclude_modules": r"outer\..*"}, {f"inner.{i}.proj" for i in range(3)}),
+    ],
+)
+def test_selection_of_blocks(targets: Any, selection: dict[str, Any], expected: set[str]) -> None:
+    model = nn.ModuleDict({"blocks": Blocks()})
+    inject_adapter_in_model(config(target_modules=targets, **_in_blocks(selection)), model)
+    assert adapted(model) == {f"blocks.{name}" for name in expected}
+
+
+def _in_blocks(selection: dict[str, Any]) -> dict[str, Any]:
+    pattern = selection.get("exclude_modules")
+    return selection if pattern is None else {"exclude_modules": rf"blocks\.{pattern}"}
 
 
 # Living in peft.
 
 
-def test_get_peft_model_trains_only_the_adapter() -> None:
+def test_parameters() -> None:
     model = get_peft_model(net().bfloat16(), config())
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable == {
         f"base_model.model.{m}.loco_{f}.default" for m in ("first", "second") for f in ("u", "v")
     }
-    assert model.base_model.model.first.loco_u["default"].shape == (3, IN, 2)
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     assert "loco.Linear" in repr(model)
     plain = get_peft_model(net().bfloat16(), config(), autocast_adapter_dtype=False)
@@ -398,100 +196,6 @@ def test_bias(bias: str) -> None:
     trained = {name for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")}
     expected = {"base_model.model.first.base_layer.bias"}
     assert trained == (expected | {"base_model.model.head.bias"} if bias == "all" else expected)
-
-
-def test_training_moves_the_adapter_and_nothing_else() -> None:
-    model = get_peft_model(net(), config(init_weights=True)).train()
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    x = torch.randn(64, IN)
-    target = torch.randn(64, 3)
-    losses = []
-    for _ in range(20):
-        loss = nn.functional.mse_loss(model(x), target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.9 * losses[0]
-    for name, p in model.named_parameters():
-        assert torch.equal(p, before[name]) != ("loco_" in name)
-    for made in (model.base_model.model.first, model.base_model.model.second):
-        rotation = dense_rotation(made)
-        torch.testing.assert_close(rotation @ rotation.T, torch.eye(len(rotation)).double())
-
-
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_save_and_load(tmp_path: Path, low_cpu_mem_usage: bool) -> None:
-    model = get_peft_model(net(), config(modules_to_save=["head"], alpha=3.0)).eval()
-    x = torch.randn(5, IN)
-    with torch.no_grad():
-        model.base_model.model.head.modules_to_save["default"].weight.mul_(2)
-        expected = model(x)
-    model.save_pretrained(str(tmp_path))
-    loaded = PeftModel.from_pretrained(net(), str(tmp_path), low_cpu_mem_usage=low_cpu_mem_usage).eval()
-    assert torch.equal(loaded(x), expected)
-    assert not any(p.requires_grad for p in loaded.parameters())
-
-
-def test_load_in_a_fresh_process(tmp_path: Path) -> None:
-    model = get_peft_model(nn.Sequential(nn.Linear(IN, OUT)), config(target_modules=["0"])).eval()
-    x = torch.randn(5, IN)
-    torch.save(
-        (model.base_model.model[0].base_layer.state_dict(), x, model(x).detach()), tmp_path / "case.pt"
-    )
-    model.save_pretrained(str(tmp_path / "adapter"))
-    code = f"""
-import sys
-import loco_diffusion
-heavy = [m for m in ("gradio", "controlnet_aux", "datasets", "diffusers.pipelines") if m in sys.modules]
-assert not heavy, heavy
-import torch
-from peft import PeftModel
-weights, x, expected = torch.load({str(tmp_path / "case.pt")!r})
-linear = torch.nn.Linear({IN}, {OUT})
-linear.load_state_dict(weights)
-model = PeftModel.from_pretrained(torch.nn.Sequential(linear), {str(tmp_path / "adapter")!r}).eval()
-assert torch.equal(model(x), expected)
-print("equal")
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout.strip() == "equal", result.stderr
-
-
-def test_several_adapters_disable_and_delete() -> None:
-    plain = net().eval()
-    x = torch.randn(5, IN)
-    expected = plain(x)
-    model = get_peft_model(net(), config()).eval()
-    model.add_adapter("other", config(r=1, target_modules=["second"]))
-    one = model(x)
-    model.set_adapter("other")
-    other = model(x)
-    model.base_model.set_adapter(["default", "other"])
-    both = model(x)
-    outputs = [expected, one, other, both]
-    assert all(not torch.allclose(a, b) for i, a in enumerate(outputs) for b in outputs[:i])
-    with model.disable_adapter():
-        assert torch.equal(model(x), expected)
-    assert torch.equal(model(x), both)
-    model.delete_adapter("default")
-    assert model.active_adapters == ["other"]
-    assert torch.equal(model(x), other)
-    assert list(model.base_model.model.second.scaling) == ["other"]
-
-
-def test_merge_and_unload_and_merge_adapter() -> None:
-    x = torch.randn(5, IN)
-    model = get_peft_model(net(), config()).eval()
-    expected = model(x)
-    model.merge_adapter()
-    torch.testing.assert_close(model(x), expected)
-    with model.disable_adapter():  # unmerges, as in peft
-        torch.testing.assert_close(model(x), net()(x))
-    merged = model.merge_and_unload(safe_merge=True)
-    assert not any(isinstance(m, LoCOLayer) for m in merged.modules())
-    torch.testing.assert_close(merged(x), expected)
 
 
 def test_state_dict_helpers() -> None:
@@ -508,13 +212,141 @@ def test_state_dict_helpers() -> None:
     assert torch.equal(target(x), source(x))
 
 
-def test_peft_converts_it_to_lora_exactly() -> None:
-    model = get_peft_model(net(), config(target_modules=["first"])).eval()
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_peft_converts_it_to_lora_exactly(side: str) -> None:
+    model = get_peft_model(net(), config(target_modules=["first"], side=side)).eval()
     x = torch.randn(5, IN)
     lora_config, state = convert_to_lora(model, rank=12)
     lora = get_peft_model(net(), lora_config).eval()
     set_peft_model_state_dict(lora, state)
     torch.testing.assert_close(lora(x), model(x), atol=1e-5, rtol=1e-4)
+
+
+def test_adapter_names_are_checked() -> None:
+    model = get_peft_model(net(), config())
+    x = torch.randn(2, IN)
+    with pytest.raises(UserError, match=r"call model.eval\(\) first"):
+        model(x, adapter_names=["default", "default"])
+    with pytest.raises(UserError, match="no adapter style: adapter_names may use default and __base__"):
+        model.eval()(x, adapter_names=["default", "style"])
+
+
+@pytest.mark.parametrize("side", ["input", "both"])
+def test_planes_fitted_on_batches_start_steeper(side: str) -> None:
+    torch.manual_seed(1)
+    batch = torch.randn(64, IN), torch.randn(64, 3)
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+    slopes = {}
+    for init in ("random", "skew"):
+        model = get_peft_model(net(), config(init=init, init_weights=True, side=side))
+        if init == "skew":
+            fit_supports(model, loss_fn, [batch])
+        loss = loss_fn(model, batch)
+        torch.testing.assert_close(loss, loss_fn(net(), batch))
+        loss.backward()
+        slopes[init] = sum(p.grad.square().sum() for n, p in model.named_parameters() if "loco_v" in n)
+    assert slopes["skew"] > 1.5 * slopes["random"]
+
+
+# Several adapters as one.
+
+
+@pytest.mark.parametrize("side", ["input", "output", "both"])
+def test_composed_adapter_does_what_the_adapters_do_together(side: str) -> None:
+    model = get_peft_model(net(), config(side=side, alpha=1.0)).eval()
+    model.add_adapter("other", config(side=side, r=1, num_rotations=2, rank_pattern={"second": 2}))
+    x = torch.randn(5, IN)
+    model.base_model.set_adapter(["default", "other"])
+    for module in model.modules():
+        if isinstance(module, LoCOLayer):
+            module.set_scale("other", -0.5)
+    expected = model(x)
+    model.add_weighted_adapter(["default", "other"], [1.0, -0.5], "both", combination_type="compose")
+    assert not any(p.requires_grad for name, p in model.named_parameters() if name.endswith(".both"))
+    model.set_adapter("both")
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_weighted_sum_of_generators() -> None:
+    model = get_peft_model(net(), config(magnitude=True)).eval()
+    x = torch.randn(5, IN)
+    for module in model.modules():
+        if isinstance(module, LoCOLayer):
+            module.set_scale("default", 0.25)
+    expected = model(x)
+    model.add_weighted_adapter(["default", "default"], [0.75, -0.5], "sum")
+    model.set_adapter("sum")
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((["default", "style"], [1.0, 1.0], "new"), "takes existing adapters"),
+        ((["default"], [1.0, 1.0], "new"), "a weight for each"),
+        ((["default"], [1.0], "default"), "a new name"),
+        ((["default"], [1.0], "new", "svd"), "combination_type must be one of compose, lie"),
+    ],
+)
+def test_bad_combinations_are_refused(arguments: tuple[Any, ...], message: str) -> None:
+    model = get_peft_model(net(), config())
+    with pytest.raises(UserError, match=message):
+        model.add_weighted_adapter(*arguments)
+
+
+# Hot swap.
+
+
+def saved(folder: Path, **changes: Any) -> PeftModel:
+    """Another adapter, which the folder then holds."""
+    torch.manual_seed(1)
+    model = get_peft_model(net(), config(**changes)).eval()
+    model.save_pretrained(str(folder))
+    return model
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_hotswap(tmp_path: Path, compiled: bool) -> None:
+    model = get_peft_model(net(), config()).eval()
+    run = torch.compile(model, backend="eager") if compiled else model
+    x = torch.randn(5, IN)
+    parameters = list(model.parameters())
+    before = run(x)
+    other = saved(tmp_path, alpha=1.0, alpha_pattern={"^second": 3.0}, map="exp")
+    hotswap_adapter(run, tmp_path)
+    expected = other(x)
+    torch.testing.assert_close(run(x), expected)
+    assert not torch.allclose(before, expected, atol=1e-3)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert model.peft_config["default"].alpha == 1.0
+
+
+def test_hotswap_keeps_the_strength(tmp_path: Path) -> None:
+    model = get_peft_model(net(), config()).eval()
+    layer = model.base_model.model.first
+    layer.set_scale("default", 0.5)
+    saved(tmp_path, alpha=6.0)
+    hotswap_adapter(model, tmp_path)
+    assert layer.scaling == {"default": 1.5}
+
+
+def test_hotswap_refusals(tmp_path: Path) -> None:
+    model = get_peft_model(net(), config()).eval()
+    saved(tmp_path / "wider", r=3)
+    get_peft_model(net(), LoraConfig(target_modules=["first"])).save_pretrained(str(tmp_path / "lora"))
+    for folder, name, message in (
+        ("wider", "default", "differs from the adapter 'default' in layers or shapes"),
+        ("lora", "default", "holds a LoraConfig: only LoCO adapters"),
+        ("wider", "style", "no LoCO adapter 'style' to swap"),
+    ):
+        with pytest.raises(UserError, match=message):
+            hotswap_adapter(model, tmp_path / folder, name)
+    model.merge_adapter()
+    with pytest.raises(UserError, match="unmerge it first"):
+        hotswap_adapter(model, tmp_path / "wider")
 
 
 # Living in diffusers.
@@ -555,27 +387,6 @@ def run_flux(model: FluxTransformer2DModel, scale: float = 1.0) -> Tensor:
 
 def flux_config(**changes: Any) -> LoCOConfig:
     return LoCOConfig(**{"r": 2, "num_rotations": 2, "init_weights": False, **changes})
-
-
-def adapted(model: nn.Module) -> set[str]:
-    return {name for name, module in model.named_modules() if isinstance(module, LoCOLayer)}
-
-
-def test_default_targets_of_flux() -> None:
-    model = flux()
-    inject_adapter_in_model(flux_config(), model)
-    block, single = "transformer_blocks.0.attn.", "single_transformer_blocks.0."
-    double = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-    attention = {block + name for name in double} | {f"{single}attn.to_{name}" for name in "qkv"}
-    assert adapted(model) == attention
-    model = flux()
-    targets = default_target_modules("FluxTransformer2DModel", "attention+ff")
-    inject_adapter_in_model(flux_config(target_modules=targets), model)
-    ff = {f"transformer_blocks.0.{part}.net.{n}" for part in ("ff", "ff_context") for n in ("0.proj", "2")}
-    assert adapted(model) == attention | ff | {single + "proj_mlp", single + "proj_out"}
-    assert default_target_modules("Net") is None
-    with pytest.raises(UserError, match="no default target_modules for Net"):
-        get_peft_model(net(), LoCOConfig())
 
 
 def test_strength_in_diffusers() -> None:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
-from peft import PeftConfig
 from peft.utils import PeftType
+from peft.utils.other import get_pattern_key
 
+from loco_diffusion.adapters.config import AdapterConfig
 from loco_diffusion.adapters.registry import add_peft_type
 from loco_diffusion.errors import UserError
 from loco_diffusion.rotations import ROTATION_MAPS, ChainOrder, RotationMap, resolve_order
 
 LOCO: PeftType = add_peft_type("loco")
 
+RotatedSide = Literal["input", "output", "both"]
+PlaneInit = Literal["random", "skew"]
+
 
 @dataclass
-class LoCOConfig(PeftConfig):
+class LoCOConfig(AdapterConfig):
     """Configuration of LoCO, W' = W R_1 ... R_m, each R_k a rotation made from a low-rank skew matrix.
 
     Source: arXiv 2605.15916. A layer gets 2 * r * num_rotations * in_features parameters, as many as a LoRA
@@ -32,9 +36,16 @@ class LoCOConfig(PeftConfig):
     alpha: float | None = field(
         default=None,
         metadata={
-            "help": "The angles are scaled by alpha / r. Default: r, a scale of 1, because each plane turns "
-            "on its own: unlike LoRA's summands, more planes do not add up to a larger angle."
+            "help": "The angles are scaled by alpha / r. Default: the layer's r, a scale of 1, because each "
+            "plane turns on its own: unlike LoRA's summands, more planes do not add up to a larger angle."
         },
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={"help": "r for some layers: names (or ends of names, or regular expressions) to values."},
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "alpha for some layers, as rank_pattern."}
     )
     chain_order: ChainOrder = field(
         default="exact",
@@ -46,29 +57,22 @@ class LoCOConfig(PeftConfig):
     map: RotationMap = field(
         default="cayley", metadata={"help": 'From angles to rotations: "cayley" or "exp".'}
     )
-    target_modules: list[str] | set[str] | str | None = field(
-        default=None,
+    side: RotatedSide = field(
+        default="input",
+        metadata={"help": 'Which channels to rotate: a layer\'s "input", its "output" or "both".'},
+    )
+    magnitude: bool = field(
+        default=False,
         metadata={
-            "help": "Names (or ends of names) of the linear layers to adapt, a regular expression, or "
-            "'all-linear'. Default: the attention projections, for the diffusers denoisers that are known."
+            "help": "Learn a positive factor on every input and output channel as well. The weights are then "
+            "no longer only rotated, and the adapter cannot be exported to LoRA."
         },
     )
-    exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Names or a regular expression of the layers not to adapt."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the blocks to adapt; all, if not given."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the module list that layers_to_transform counts in."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules to train in full and to save with the adapter."}
-    )
-    bias: Literal["none", "all", "loco_only"] = field(
-        default="none",
+    init: PlaneInit = field(
+        default="random",
         metadata={
-            "help": 'Which biases to train: "none", "all" or "loco_only" (those of the adapted layers).'
+            "help": 'The planes to start from: "random", or "skew", those in which turning changes the loss '
+            "fastest. Those are random, too, until calibration.fit_supports has seen a few batches."
         },
     )
     init_weights: bool = field(
@@ -79,32 +83,33 @@ class LoCOConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.peft_type = LOCO
-        for name in ("r", "num_rotations"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-                raise UserError(f"LoCOConfig.{name} must be a whole number above 0, got {value!r}.")
-        if self.alpha is None:
-            self.alpha = float(self.r)
-        if not isinstance(self.alpha, (int, float)) or not math.isfinite(self.alpha):
-            raise UserError(f"LoCOConfig.alpha must be a finite number, got {self.alpha!r}.")
-        if self.map not in ROTATION_MAPS:
-            raise UserError(f"LoCOConfig.map must be one of {', '.join(ROTATION_MAPS)}, got {self.map!r}.")
+        super().__post_init__()
+        self.check_positive("r", "num_rotations")
+        for key, rank in self.rank_pattern.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
+                raise UserError(
+                    f"LoCOConfig.rank_pattern[{key!r}] must be a whole number above 0, got {rank!r}."
+                )
+        alphas = {"alpha": self.r if self.alpha is None else self.alpha}
+        alphas |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in self.alpha_pattern.items()}
+        for name, alpha in alphas.items():
+            if not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or not alpha:
+                raise UserError(f"LoCOConfig.{name} must be a finite number other than 0, got {alpha!r}.")
+        choices = {"map": ROTATION_MAPS, "side": get_args(RotatedSide), "init": get_args(PlaneInit)}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(
+                    f"LoCOConfig.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}."
+                )
         resolve_order(self.chain_order, self.num_rotations)
-        if self.bias not in ("none", "all", "loco_only"):
-            raise UserError(f"LoCOConfig.bias must be one of none, all, loco_only, got {self.bias!r}.")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise UserError("LoCOConfig.layers_pattern needs layers_to_transform: say which layers to adapt.")
-        # Sets, because peft compares and merges them as sets.
-        if isinstance(self.target_modules, (list, tuple)):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, (list, tuple)):
-            self.exclude_modules = set(self.exclude_modules)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON types; sets become sorted lists, so that equal adapters give equal files."""
-        return {
-            key: sorted(value) if isinstance(value, set) else value
-            for key, value in super().to_dict().items()
-        }
+    def for_layer(self, key: str) -> LoCOConfig:
+        """This configuration with the r and alpha that its patterns give to the layer of this name."""
+        return replace(
+            self,
+            r=self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), key), self.r),
+            alpha=self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), key), self.alpha),
+            rank_pattern={},
+            alpha_pattern={},
+        )

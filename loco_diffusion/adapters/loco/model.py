@@ -2,83 +2,68 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import cast
 
-from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import get_quantization_kwargs, resolve_quantization_backend
-from torch import nn
+import torch
+from torch import Tensor
 
+from loco_diffusion.adapters.combine import COMBINATIONS, Combination, merge_adapters
 from loco_diffusion.adapters.loco.config import LoCOConfig
-from loco_diffusion.adapters.loco.layer import Linear, LoCOLayer
-from loco_diffusion.adapters.targets import TARGET_MODULES, default_target_modules
+from loco_diffusion.adapters.loco.layer import Conv2d, Linear, LoCOLayer
+from loco_diffusion.adapters.tuner import AdapterModel
 from loco_diffusion.errors import UserError
 
 
-class LoCOModel(BaseTuner):
-    """Puts LoCO layers around the target layers of a model; peft makes one to add or load an adapter."""
+class LoCOModel(AdapterModel):
+    """Puts LoCO layers around the target layers of a model; see :class:`AdapterModel`."""
 
     prefix: str = "loco_"
     tuner_layer_cls = LoCOLayer
-    # peft's own mapping is by transformers' model_type; the denoisers' defaults are in adapters/targets.py.
-    target_module_mapping: dict[str, list[str]] = {}
+    layer_types = {"linear": Linear, "conv2d": Conv2d}
 
-    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
-        assert isinstance(peft_config, LoCOConfig)
-        if peft_config.target_modules is None:
-            model_class = type(getattr(self.model, "_orig_mod", self.model)).__name__
-            targets = default_target_modules(model_class)
-            if targets is None:
-                raise UserError(
-                    f"LoCO has no default target_modules for {model_class} (only for "
-                    f"{', '.join(TARGET_MODULES)}): set LoCOConfig.target_modules to its linear layers."
-                )
-            peft_config.target_modules = targets if isinstance(targets, str) else set(targets)
-        return peft_config
-
-    def _create_and_replace(
+    def add_weighted_adapter(
         self,
-        peft_config: PeftConfig,
+        adapters: list[str],
+        weights: list[float],
         adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
+        combination_type: Combination = "lie",
     ) -> None:
-        assert isinstance(peft_config, LoCOConfig)
-        if isinstance(target, LoCOLayer):
-            target.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
-            return
-        quantization = get_quantization_kwargs(self)
-        if not _is_linear(target, quantization):
+        """Add an adapter that does what several do together, see :func:`combine.merge_adapters`.
+
+        Args:
+            adapters: names of adapters, in the order in which they would be activated.
+            weights: a strength for each of them, also negative ones.
+            adapter_name: a new name.
+            combination_type: "lie", the weighted sum of the generators, or "compose", the product of the
+                rotations.
+
+        Raises:
+            UserError: names or numbers do not fit, or the adapters cannot be combined.
+        """
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown or not adapters or len(adapters) != len(weights) or adapter_name in self.peft_config:
             raise UserError(
-                f"LoCO adapts linear layers, but the target {current_key!r} is a {type(target).__name__}: "
-                "leave it out of target_modules or name it in exclude_modules."
+                f"add_weighted_adapter takes existing adapters ({', '.join(self.peft_config)}), a weight for each, "
+                f"and a new name, got {adapters}, {weights} and {adapter_name!r}."
             )
-        layer = Linear(target, adapter_name, peft_config, quantization)
-        if adapter_name not in self.active_adapters:
-            # an additional adapter is not trainable until it is made active
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        if combination_type not in COMBINATIONS:
+            raise UserError(
+                f"combination_type must be one of {', '.join(COMBINATIONS)}, got {combination_type!r}."
+            )
+        parts = [
+            (cast(LoCOConfig, self.peft_config[name]), dict(self._weights_of(name))) for name in adapters
+        ]
+        config, merged = merge_adapters(parts, combination_type, weights)
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        with torch.no_grad():
+            for name, parameter in self._weights_of(adapter_name):
+                parameter.copy_(merged[name])
 
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        if autocast_adapter_dtype:
-            return
-        # The layers create float32 parameters, so the user's wish for the base layer's dtype is met here.
-        for layer in self.model.modules():
-            if not isinstance(layer, LoCOLayer) or adapter_name not in layer.loco_u:
-                continue
-            _, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
-            if dtype is not None and dtype.is_floating_point:
-                for parameters in (layer.loco_u, layer.loco_v):
-                    parameters[adapter_name] = parameters[adapter_name].to(dtype)
-
-
-def _is_linear(target: nn.Module, quantization: dict[str, Any]) -> bool:
-    layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    if isinstance(layer, nn.Linear):
-        return True
-    backend = resolve_quantization_backend(layer, **quantization)
-    return backend is not None and backend.layer_type == "linear"
+    def _weights_of(self, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
+        """An adapter's parameters by names such as ``path.to.layer.loco_u``."""
+        for path, layer in self.model.named_modules():
+            for kind in layer.adapter_layer_names if isinstance(layer, LoCOLayer) else ():
+                if adapter_name in getattr(layer, kind):
+                    yield f"{path}.{kind}", getattr(layer, kind)[adapter_name]

@@ -1,0 +1,159 @@
+"""Merged chains and adapters against the product of the rotations and the sum of the generators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from loco_diffusion.adapters import LoCOConfig
+from loco_diffusion.adapters.combine import Chain, Combination, Weights, compose, lie, merge_adapters
+from loco_diffusion.errors import UserError
+from loco_diffusion.rotations import ROTATION_MAPS, RotationMap, chain, dense, skew
+
+SIZE = 48
+Merge = Callable[[Sequence[Chain]], tuple[Tensor, Tensor]]
+
+
+@st.composite
+def chains(draw: st.DrawFn) -> list[Chain]:
+    """One to three chains of different lengths and ranks that fit into 48 dimensions."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+
+    def factor(rotations: int, planes: int) -> Tensor:
+        return torch.randn(rotations, SIZE, planes, dtype=torch.float64, generator=generator) / SIZE**0.5
+
+    sizes = draw(st.lists(st.tuples(st.integers(1, 2), st.integers(1, 3)), min_size=1, max_size=3))
+    scales = st.sampled_from([1.0, -0.5, 0.0, 2.5])
+    return [(factor(*size), factor(*size), draw(scales)) for size in sizes]
+
+
+@settings(deadline=None, max_examples=25)
+@given(chains(), st.sampled_from(ROTATION_MAPS))
+def test_compose_is_the_product(given_chains: list[Chain], map: RotationMap) -> None:
+    expected = torch.eye(SIZE, dtype=torch.float64)
+    for u, v, scale in given_chains:
+        expected = expected @ dense(*chain(u, v, scale, map))
+    merged = dense(*chain(*compose(given_chains), 1.0, map))
+    torch.testing.assert_close(merged, expected, atol=1e-12, rtol=0)
+
+
+@settings(deadline=None, max_examples=25)
+@given(chains())
+def test_lie_adds_the_generators(given_chains: list[Chain]) -> None:
+    generators = zip_longest(*(skew(u, v, scale) for u, v, scale in given_chains))
+    expected = [sum(g for g in ks if g is not None) for ks in generators]
+    torch.testing.assert_close(skew(*lie(given_chains)), torch.stack(expected), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("merge", [compose, lie])
+def test_half_precision_factors_are_merged_in_float32(merge: Merge) -> None:
+    u, v = torch.randn(2, 1, SIZE, 2, dtype=torch.bfloat16)
+    merged_u, merged_v = merge([(u, v, 1.0), (u, v, 0.3)])
+    assert merged_u.dtype == merged_v.dtype == torch.float32
+    assert torch.equal(merged_v[-1, :, -2:], v[0].float() * 0.3)
+
+
+@pytest.mark.parametrize("merge", [compose, lie])
+def test_what_does_not_fit_is_refused(merge: Merge) -> None:
+    small, large = ((torch.zeros(1, n, 2), torch.zeros(1, n, 2), 1.0) for n in (8, 16))
+    with pytest.raises(UserError, match="of 8 and 16 dimensions"):
+        merge([large, small])
+    with pytest.raises(UserError, match="12 directions .* the 8 of the layer"):
+        merge([small] * 3)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(24, 28, 3)
+        self.linear = nn.Linear(28, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(torch.tanh(self.conv(x)).flatten(2).mT)
+
+
+def config(**changes: Any) -> LoCOConfig:
+    settings = {"r": 2, "num_rotations": 1, "alpha": 6.0, "target_modules": ["conv", "linear"]}
+    return LoCOConfig(**{**settings, "init_weights": False, **changes})
+
+
+def loaded(adapters: Sequence[tuple[LoCOConfig, Weights]], strengths: Sequence[float]) -> Tensor:
+    """What a network with these adapters active in this order gives."""
+    torch.manual_seed(0)
+    model = get_peft_model(Net(), adapters[0][0], adapter_name="a0").eval()
+    names = [f"a{number}" for number in range(len(adapters))]
+    for name, (adapter_config, weights) in zip(names, adapters, strict=True):
+        if name not in model.peft_config:
+            model.add_adapter(name, adapter_config)
+        state = {f"base_model.model.{key}": tensor for key, tensor in weights.items()}
+        assert not set_peft_model_state_dict(model, state, adapter_name=name).unexpected_keys
+    model.base_model.set_adapter(names)
+    for layer in (model.base_model.model.conv, model.base_model.model.linear):
+        for name, strength in zip(names, strengths, strict=True):
+            layer.set_scale(name, strength)
+    with torch.no_grad():
+        return model(torch.randn(2, 24, 4, 4, generator=torch.Generator().manual_seed(1)))
+
+
+def adapter(seed: int, **changes: Any) -> tuple[LoCOConfig, Weights]:
+    torch.manual_seed(seed)
+    made = config(**changes)
+    state = get_peft_model_state_dict(get_peft_model(Net(), made))
+    return made, {name.removeprefix("base_model.model."): tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("side", ["input", "output", "both"])
+@pytest.mark.parametrize("map", ROTATION_MAPS)
+def test_composed_adapters_do_what_they_do_together(side: str, map: RotationMap) -> None:
+    adapters = [
+        adapter(1, side=side, map=map),
+        adapter(2, side=side, map=map, num_rotations=2, r=1, alpha=4.0),
+        adapter(3, side=side, map=map, rank_pattern={"conv": 1}, alpha_pattern={"linear": 3.0}),
+    ]
+    strengths = [1.0, -0.5, 0.7]
+    merged = merge_adapters(adapters, "compose", strengths)
+    assert (merged[0].r, merged[0].num_rotations, merged[0].rank_pattern) == (2, 4, {})
+    expected = loaded(adapters, strengths)
+    torch.testing.assert_close(loaded([merged], [1.0]), expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(loaded(adapters[::-1], strengths[::-1]), expected, atol=1e-2)
+    assert not torch.allclose(loaded(adapters, [0.0] * 3), expected, atol=1e-2)
+
+
+def test_a_lie_sum_adds_rotations_of_one_plane_and_magnitudes() -> None:
+    """Two times the same generator turns by twice the angle, whatever the ranks say."""
+    one = adapter(1, side="both", magnitude=True, map="exp", rank_pattern={"^conv": 1})
+    merged = merge_adapters([one, one], "lie", [0.5, 1.5])
+    assert merged[0].rank_pattern == {"^linear": 4} and merged[0].r == 2
+    torch.testing.assert_close(loaded([merged], [1.0]), loaded([one], [2.0]), atol=1e-5, rtol=1e-4)
+    other = adapter(2, side="both", magnitude=True, map="exp")
+    swapped = [merge_adapters(pair, "lie", [1.0, 1.0]) for pair in ([one, other], [other, one])]
+    torch.testing.assert_close(loaded(swapped[:1], [1.0]), loaded(swapped[1:], [1.0]), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "how", "message"),
+    [
+        ({"map": "exp"}, "compose", "maps differ .cayley and exp."),
+        ({"side": "output"}, "lie", "different sides of the layers .input and output."),
+        ({"target_modules": ["conv"]}, "lie", "only one of them has linear.loco_u"),
+        ({"num_rotations": 2, "chain_order": 0}, "compose", 'chain_order 0 .* train it with "exact"'),
+        ({"bias": "loco_only"}, "compose", "biases or whole modules"),
+        ({"r": 6, "alpha": 6.0, "num_rotations": 2}, "compose", "36 directions .* more than the 24 of"),
+    ],
+)
+def test_adapters_that_differ_are_refused(changes: dict[str, Any], how: Combination, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        merge_adapters([adapter(1), adapter(2, **changes)], how, [1.0, 1.0])
+
+
+def test_magnitudes_cannot_be_composed() -> None:
+    with pytest.raises(UserError, match="choose lie"):
+        merge_adapters([adapter(1, magnitude=True)] * 2, "compose", [1.0, 1.0])
