@@ -47,7 +47,7 @@ def test_every_field_has_its_help() -> None:
         ({"data": {"source": "web"}}, "field data: input tag 'web'"),
         ({"lr": float("nan")}, "field lr: input should be a finite number"),
         ({"adapter": {"method": "locoo"}}, "no adapter method 'locoo'; did you mean loco"),
-        ({"adapter": {"options": {"rank": 4}}}, "LoCOConfig has no option 'rank'; choose from r, "),
+        ({"adapter": {"options": {"rank": 4}}}, "LoCOConfig has no option 'rank'; choose from "),
         ({"adapter": {"options": {"r": "four"}}}, "field adapter: option r: "),
         ({"adapter": {"options": {"num_rotations": 0}}}, "LoCOConfig.num_rotations must be"),
         ({"adapter": {"options": {"target_modules": ["to_q"]}}}, "target_modules belongs beside options"),
