@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from loco_diffusion.control.adapter_folder import PeftFolder
     from loco_diffusion.control.family import Pipeline
 
+NAME = "adapter"  # of an adapter in its base model
 _LORA_FILE = ".safetensors"
-NAME = "adapter"
 
 Adapter = Annotated[str, typer.Argument(metavar="DIR_OR_HUB_ID", help="Adapter folder or hub id.")]
 

@@ -136,7 +136,7 @@ def _intruders(folder: Path, content: PeftFolder, model: str | None) -> dict[str
     """Counted if there is a base model: the one that is named, or the packaged one for its LoRAs."""
     from peft import LoraConfig
 
-    from loco_diffusion.adapters.inspection import THRESHOLD, TOP, count_intruders
+    from loco_diffusion.adapters.inspection import THRESHOLD, TOP, count_intruders, layers_of
     from loco_diffusion.control.adapter_folder import AdapterFolder
     from loco_diffusion.embedded import packaged_base
 
@@ -146,7 +146,8 @@ def _intruders(folder: Path, content: PeftFolder, model: str | None) -> dict[str
         if content.control.base.name_or_path != packaged_base().name:
             return {}
     with progress_bars() as progress:
-        task = progress.add_task("Counting intruder dimensions", total=None)
+        total = len(layers_of(content.method, content.adapter))
+        task = progress.add_task("Counting intruder dimensions", total=total)
         try:
             _, denoiser = load_on_base(folder, content, model)
         except UserError:

@@ -22,6 +22,7 @@ _SCALE = 3  # drawn larger and reduced, which smooths the edges
 _COLUMNS, _PANEL, _GAP, _LINE = 4, (230, 110), 28, 20
 _AXIS = 62  # for the numbers at the left
 _FONT, _SMALL_FONT = 13, 11
+_LONGEST = 32  # letters over a panel
 _PAPER, _INK, _SOFT_INK, _GRID = (255, 255, 255), (25, 25, 25), (115, 115, 115), (228, 228, 228)
 _DOT, _MEDIAN = (37, 99, 175, 110), (214, 93, 14, 255)
 
@@ -48,8 +49,8 @@ def table(spectra: Spectra, quantity: str, unit: str, ascii_only: bool = False) 
     made = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     made.add_column("layers", no_wrap=True)
     made.add_column(f"largest {quantity}, 0 to {_number(top, unit)}", style="cyan", no_wrap=True)
-    made.add_column("median", justify="right")
-    made.add_column("max", justify="right")
+    for name in ("median", "max"):
+        made.add_column(name, justify="right", min_width=6)
     for heading, rows in _sections(spectra).items():
         if heading:
             made.add_row(Text(heading, style="bold"))
@@ -139,7 +140,8 @@ class _Canvas:
         def level(value: float) -> float:
             return y + height * (1 - value / scale.top)
 
-        self.text(x, y - 0.6 * _LINE, label, _INK)
+        shown = label if len(label) <= _LONGEST else f"...{label[3 - _LONGEST :]}"
+        self.text(x, y - 0.6 * _LINE, shown, _INK)
         for mark in scale.marks():
             self.box(x, level(mark) - 0.5, x + width, level(mark) + 0.5, _GRID)
             if numbered:

@@ -27,6 +27,7 @@ _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 def to_lora(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
     """An adapter, at its present strength, as a LoRA of scale 1 (alpha is the rank).
 
+    At another scale a LoRA is not the adapter at another strength: it scales the change instead of the angles.
     diffusers takes it as ``denoiser.load_lora_adapter(state, prefix=None)``, peft with :func:`lora_config`.
     The rank of a layer is 2 * r * num_rotations on each side for LoCO, r for LOFT; for a convolution the
     input side's counts once for each weight of the kernel.

@@ -146,7 +146,7 @@ def rotation_angles(basis: Tensor, core: Tensor) -> Tensor:
 def intruder_dimensions(weight: Tensor, adapted: Tensor, top: int = TOP, threshold: float = THRESHOLD) -> int:
     """How many of an adapted weight's leading singular vectors are new, unlike every one of the base weight's.
 
-    Source: "LoRA vs Full Fine-tuning: An Illusion of Equivalence" (arXiv 2410.21228), Algorithm 1.
+    Source: the definition in "LoRA vs Full Fine-tuning: An Illusion of Equivalence" (arXiv 2410.21228).
 
     Args:
         weight, adapted: (out, in), or (out, in, height, width) of a convolution, before and after.

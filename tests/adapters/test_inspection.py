@@ -19,6 +19,7 @@ from loco_diffusion.adapters.inspection import (
     rotation_angles,
     trained_parameters,
 )
+from loco_diffusion.errors import UserError
 from loco_diffusion.rotations import ROTATION_MAPS, RotationMap, chain, dense
 
 
@@ -80,7 +81,11 @@ def test_the_angle_of_one_plane(map: RotationMap, angle: float) -> None:
         ),
         LoCOConfig(r=1, num_rotations=3, side="output", magnitude=True, init_weights=False, **SETTINGS),
         LOFTConfig(r=5, init_weights=False, **SETTINGS),
+<<<<<<< HEAD
         LOFTConfig(r=6, support="coordinate", init_weights=False, **SETTINGS),
+=======
+        LOFTConfig(r=4, support="random", rank_pattern={"conv": 7}, init_weights=False, **SETTINGS),
+>>>>>>> family
     ],
 )
 def test_rotations_are_measured_without_the_base(config: LoCOConfig | LOFTConfig) -> None:
@@ -98,6 +103,12 @@ def test_rotations_are_measured_without_the_base(config: LoCOConfig | LOFTConfig
             names.add(name)
     assert measured.spectra.keys() == names
     assert 0 < max(measured.orthogonality_errors.values()) < 1e-5
+
+
+def test_a_support_that_was_never_fitted_has_no_angles() -> None:
+    config = LOFTConfig(r=4, support="skew", **SETTINGS)
+    with pytest.raises(UserError, match="fit_supports"):
+        inspect(config, weights_of(adapted(config)))
 
 
 @pytest.mark.parametrize(
