@@ -81,11 +81,7 @@ def test_the_angle_of_one_plane(map: RotationMap, angle: float) -> None:
         ),
         LoCOConfig(r=1, num_rotations=3, side="output", magnitude=True, init_weights=False, **SETTINGS),
         LOFTConfig(r=5, init_weights=False, **SETTINGS),
-<<<<<<< HEAD
-        LOFTConfig(r=6, support="coordinate", init_weights=False, **SETTINGS),
-=======
         LOFTConfig(r=4, support="random", rank_pattern={"conv": 7}, init_weights=False, **SETTINGS),
->>>>>>> family
     ],
 )
 def test_rotations_are_measured_without_the_base(config: LoCOConfig | LOFTConfig) -> None:
