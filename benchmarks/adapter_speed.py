@@ -23,6 +23,8 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +39,7 @@ from timing import in_turn, paired_ratio
 from torch import Tensor, nn
 from workloads import WORKLOADS, Workload
 
+from loco_diffusion.console import quiet_libraries
 from loco_diffusion.machine import describe_machine
 
 PACKAGES = ("torch", "peft", "diffusers")
@@ -89,12 +92,14 @@ def main(
         raise typer.BadParameter(f"--adapter-dtype is float32 or bfloat16, not {adapter_dtype}.")
     methods = [BARE, *(m for m in METHODS if m in _known(method, METHODS) or m == REFERENCE)]
     settings = Settings(width, tokens, text_tokens, rank, repeats, device, adapter_dtype)  # type: ignore[arg-type]
+    quiet_libraries()
     machine = describe_machine(device, PACKAGES)
     rows = [row for name in _known(workload, WORKLOADS) for row in measure_time(name, methods, settings)]
     for row in rows:
         if "error" not in row:
             typer.echo(f"{row['workload']}, memory: {row['method']}")
-            row["peak_bytes"] = in_new_process(peak_of_step, row["workload"], row["method"], settings)
+            with suppress(BrokenProcessPool):  # killed, for its memory as a rule: the times still count
+                row["peak_bytes"] = in_new_process(peak_of_step, row["workload"], row["method"], settings)
     results = {"settings": asdict(settings), "machine": machine, "rows": rows}
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"adapter_speed-{device}-{adapter_dtype}.json"
@@ -165,6 +170,7 @@ MODES: dict[str, Callable[[Settings, Workload, nn.Module], None]] = {
 
 def peak_of_step(name: str, method: str, settings: Settings) -> int:
     """The bytes that a model and the second of its training steps take at most."""
+    quiet_libraries()
     with peak_over(settings.device) as peak:
         workload = settings.workload(name)
         model = settings.adapt(workload, method).model
@@ -206,7 +212,9 @@ def _table(rows: list[Row]) -> list[str]:
             lines.append(f"| {row['method']} | {row['error'][:80].replace('|', '/')} | | | | |")
             continue
         times = [f"{row[mode]['median_ms']:.2f} ({row[mode]['ratio']:.2f})" for mode in MODES]
-        peak = f"{row['peak_bytes'] / 2**20:.0f} ({row['peak_bytes'] / peaks[REFERENCE]:.2f})"
+        peak = "killed"
+        if "peak_bytes" in row and REFERENCE in peaks:
+            peak = f"{row['peak_bytes'] / 2**20:.0f} ({row['peak_bytes'] / peaks[REFERENCE]:.2f})"
         lines.append(f"| {row['method']} | {row['parameters']:,} | {' | '.join(times)} | {peak} |")
     return lines
 

@@ -17,7 +17,7 @@ class LoCAModel(AdapterModel):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        # Half precision cannot tell the cells of a grid of thousands apart.
+        # Locations stay in float32, as in LoCALayer._apply.
         for layer in self.model.modules():
             if isinstance(layer, LoCALayer) and adapter_name in layer.loca_l:
                 location = layer.loca_l[adapter_name]
