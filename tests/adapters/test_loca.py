@@ -395,3 +395,12 @@ def test_get_peft_model_trains_only_the_adapter(autocast_adapter_dtype: bool) ->
     assert first.loca_l["default"].shape == (2, 60) and first.loca_l["default"].dtype == torch.float32
     assert (first.loca_a["default"].dtype == torch.float32) == autocast_adapter_dtype
     assert "loca.Linear" in repr(model)
+
+
+def test_a_location_that_is_not_finite_is_not_merged() -> None:
+    torch.manual_seed(0)
+    layer = get_peft_model(Net(), config()).base_model.model.first
+    layer.loca_l["default"].data[0, 0] = float("nan")
+    with pytest.raises(UserError, match="not finite"):
+        layer.merge(safe_merge=True)
+    assert not layer.merged and layer.base_layer.weight.isfinite().all()

@@ -90,7 +90,10 @@ class LoCALayer(AdaptedLayer):
 
     def _dense(self, adapter: str, scale: float) -> Tensor:
         with torch.no_grad():
-            change = spectrum.dense(self.get_entries(adapter, scale), self.grid)
+            sparse = self.get_entries(adapter, scale)
+            # A location that is not finite is rounded to some cell; its coefficient must not look sound.
+            values = sparse.values + 0 * self.loca_l[adapter].sum(0).to(sparse.values)
+            change = spectrum.dense(sparse._replace(values=values), self.grid)
         base = self.get_base_layer()
         return change.view(base.weight.shape) if isinstance(base, nn.Conv2d) else change
 
