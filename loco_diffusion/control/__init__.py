@@ -6,6 +6,7 @@ from loco_diffusion.control.adapter import AdapterInfo
 from loco_diffusion.control.controller import Controller
 from loco_diffusion.control.encoder import ConditionEncoder, EncoderConfig
 from loco_diffusion.control.family import Family, family_of
+from loco_diffusion.control.map_tokens import MapTokens, map_tokens
 from loco_diffusion.control.maps import ConditionMap, map_tensor, resize_map
 
 __all__ = [
@@ -15,7 +16,9 @@ __all__ = [
     "Controller",
     "EncoderConfig",
     "Family",
+    "MapTokens",
     "family_of",
     "map_tensor",
+    "map_tokens",
     "resize_map",
 ]

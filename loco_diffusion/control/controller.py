@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from loco_diffusion.control import adapter_folder, layers
 from loco_diffusion.control.adapter import Adapter, AdapterInfo, check_strength, listed, resolve_strengths
 from loco_diffusion.control.adapter_folder import AdapterFolder, BaseDescription, ControlConfig
-from loco_diffusion.control.encoder import ConditionEncoder, EncoderConfig, pixel_tokens
+from loco_diffusion.control.encoder import ConditionEncoder, EncoderConfig
 from loco_diffusion.control.family import Pipeline, family_of
 from loco_diffusion.control.features import ConditionInput, Features
+from loco_diffusion.control.map_tokens import MapTokens, map_tokens
 from loco_diffusion.control.maps import ConditionMap, map_tensor
 from loco_diffusion.errors import UserError
 
@@ -218,12 +219,12 @@ class Controller:
 
     def __call__(
         self,
-        control: Mapping[str, ConditionMap] | None = None,
+        control: Mapping[str, ConditionMap | MapTokens] | None = None,
         /,
         *,
         strength: float | Mapping[str, float] = 1.0,
         keep: Tensor | None = None,
-        **named_maps: ConditionMap,
+        **named_maps: ConditionMap | MapTokens,
     ) -> AbstractContextManager[None]:
         """The context in which the pipeline, or its denoiser alone, is controlled.
 
@@ -231,8 +232,8 @@ class Controller:
 
         Args:
             control: ready condition maps by adapter name; each is a PIL picture, a list of them (a batch), or
-                a float tensor (B, 3, H, W) in [0, 1], of the size of the picture to draw. B is 1 or divides
-                the number of pictures.
+                a float tensor (B, 3, H, W) in [0, 1], of the size of the picture to draw, or `map_tokens` of
+                such a tensor. B is 1 or divides the number of pictures.
             strength: factor on features and angles; one for all, or by name (default 1). 0 is no control.
             keep: (B,) bool for training, False where the features of a row are dropped.
             named_maps: as `control`; both may be given.
@@ -249,8 +250,7 @@ class Controller:
         for name in given:
             self._known(name)
         strengths = resolve_strengths(self._adapters, given, strength)
-        side = self.family.token_pixels(self._pipe)
-        maps = {name: map_tensor(given[name], name, side) for name in self._adapters if name in given}
+        maps = {name: self._usable(name, given[name]) for name in self._adapters if name in given}
         batches = {len(m) for m in maps.values()} | ({len(keep)} if keep is not None and maps else set())
         if len(batches - {1}) > 1:
             sizes = " and ".join(str(batch) for batch in sorted(batches))
@@ -259,7 +259,7 @@ class Controller:
 
     @contextmanager
     def _controlled(
-        self, maps: dict[str, Tensor], strengths: dict[str, float], keep: Tensor | None
+        self, maps: dict[str, Tensor | MapTokens], strengths: dict[str, float], keep: Tensor | None
     ) -> Iterator[None]:
         self._check_outside()
         fused = self._fused()
@@ -282,16 +282,20 @@ class Controller:
             self._features = None
             self._inside = False
 
-    def _input(self, name: str, maps: Tensor, strength: float) -> ConditionInput:
-        side = self.family.token_pixels(self._pipe)
-        grid = (maps.shape[-2] // side, maps.shape[-1] // side)
+    def _usable(self, name: str, given: ConditionMap | MapTokens) -> Tensor | MapTokens:
+        if not isinstance(given, MapTokens):
+            return map_tensor(given, name, self.family.token_pixels(self._pipe))
+        wanted = self._adapters[name].info.encoder.input
+        if given.input != wanted:
+            raise UserError(f"The tokens for {name!r} are of {given.input}, but its encoder reads {wanted}.")
+        return given
+
+    def _input(self, name: str, given: Tensor | MapTokens, strength: float) -> ConditionInput:
         encoder = self._adapters[name].encoder
-        if encoder.config.input == "pixels":
-            tokens = pixel_tokens(maps, side)
-        else:
+        if isinstance(given, Tensor):
             # Here and not in the denoiser's call: with offloading, calling the VAE sends the denoiser away.
-            tokens = self.family.pack(self.family.encode_pictures(self._pipe, maps))
-        return ConditionInput(tokens, grid, strength, encoder)
+            given = map_tokens(self.family, self._pipe, given, encoder.config.input)
+        return ConditionInput(given, strength, encoder)
 
     # Hooks: they stay while there are adapters, because compiled models ignore hooks that come later.
 

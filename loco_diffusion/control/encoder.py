@@ -60,16 +60,3 @@ class ConditionEncoder(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Features (B, tokens, out_features) of a map's tokens (B, tokens, in_features)."""
         return self.output_layer(F.silu(self.input_layer(tokens)))
-
-
-def pixel_tokens(maps: Tensor, token_pixels: int) -> Tensor:
-    """Cut maps into the squares that the denoiser's tokens cover.
-
-    Args:
-        maps: (B, 3, H, W) in [0, 1]; H and W are multiples of `token_pixels`.
-        token_pixels: side of a token, in pixels.
-
-    Returns:
-        (B, tokens, 3 * token_pixels ** 2) in [-1, 1], tokens row by row.
-    """
-    return F.pixel_unshuffle(maps * 2 - 1, token_pixels).flatten(2).mT

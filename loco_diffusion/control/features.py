@@ -8,22 +8,21 @@ import torch
 from torch import Tensor
 
 from loco_diffusion.control.encoder import ConditionEncoder
+from loco_diffusion.control.map_tokens import MapTokens
 from loco_diffusion.errors import UserError
 
 
 @dataclass(frozen=True)
 class ConditionInput:
-    """One condition as its encoder reads it.
+    """One condition and its encoder.
 
     Attributes:
-        tokens: (B, rows * columns, in_features).
-        grid: rows and columns of tokens.
+        map: of the encoder's input.
         strength: factor on the features.
-        encoder: what turns the tokens into features.
+        encoder: what turns the map's tokens into features.
     """
 
-    tokens: Tensor
-    grid: tuple[int, int]
+    map: MapTokens
     strength: float
     encoder: ConditionEncoder
 
@@ -76,7 +75,7 @@ class Features:
         for condition in self.inputs.values():
             with torch.inference_mode(False):  # parameters moved in inference mode could never be trained
                 condition.encoder.to(device)
-            features = condition.strength * condition.encoder(condition.tokens.to(device))
+            features = condition.strength * condition.encoder(condition.map.tokens.to(device))
             if self.keep is not None:
                 features = features * self.keep.to(device)[:, None, None]
             total = features if total is None else total + features
@@ -85,9 +84,9 @@ class Features:
 
     def _check(self, hidden: Tensor) -> None:
         for name, condition in self.inputs.items():
-            rows, columns = condition.grid
+            rows, columns = condition.map.grid
             drawn = self.drawn_grid
-            if hidden.shape[1] == rows * columns and drawn in (None, condition.grid):
+            if hidden.shape[1] == rows * columns and drawn in (None, (rows, columns)):
                 continue
             picture = f"{hidden.shape[1]} tokens"
             if drawn is not None and drawn[0] * drawn[1] == hidden.shape[1]:

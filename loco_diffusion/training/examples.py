@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +21,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from loco_diffusion.conditions import Condition
+from loco_diffusion.control import MapTokens, map_tokens
 from loco_diffusion.data.sources import Source
 from loco_diffusion.errors import UserError
 from loco_diffusion.training.config import TrainingConfig
@@ -39,14 +40,14 @@ class Loaded:
     """A batch of B examples before the models have seen it; `latents` and `text` only if they are cached.
 
     Attributes:
-        maps: condition maps, uint8 (B, 3, H, W).
+        maps: condition maps, uint8 (B, 3, H, W), or their tokens where these are cached.
         keep: rows whose map is not dropped, bool (B,).
         sigmas: noise levels, float32 (B,) in [0, 1].
         noise: float32, as the latents (B, C, h, w).
         pictures: uint8 (B, 3, H, W), and captions, "" where dropped: if not cached.
     """
 
-    maps: Tensor
+    maps: Tensor | MapTokens
     keep: Tensor
     sigmas: Tensor
     noise: Tensor
@@ -63,13 +64,13 @@ class Batch:
     Attributes:
         latents: normalised, (B, C, h, w), float32.
         text: what the family's `encode_prompts` gives.
-        maps: condition maps, float32 (B, 3, H, W) in [0, 1].
+        maps: condition maps as the adapter's encoder reads them.
         keep, sigmas, noise: as in `Loaded`.
     """
 
     latents: Tensor
     text: dict[str, Tensor]
-    maps: Tensor
+    maps: MapTokens
     keep: Tensor
     sigmas: Tensor
     noise: Tensor
@@ -79,13 +80,14 @@ class Batch:
 class _Cache:
     """Tensors of all examples of this process, in the order of its shard.
 
-    Either `maps` or `pictures` (uint8) is there: where a condition draws random numbers, the pictures are
-    kept and the maps made anew in every batch, or each picture would always come with the same hole or blur.
+    Either `maps` (uint8, or the tokens of an encoder that reads latents) or `pictures` (uint8) is there: where
+    a condition draws random numbers, the pictures are kept and the maps made anew in every batch, or each
+    picture would always come with the same hole or blur.
     """
 
     latents: Tensor
     text: dict[str, Tensor]
-    maps: Tensor | None
+    maps: Tensor | MapTokens | None
     pictures: Tensor | None
 
 
@@ -129,8 +131,15 @@ class Examples:
 
     @property
     def cached(self) -> bool:
-        """Whether VAE and text encoders are not needed any more."""
+        """Whether what does not change from epoch to epoch is in memory."""
         return self._cache is not None
+
+    @property
+    def needs_models(self) -> bool:
+        """Whether VAE or text encoders are needed in every step."""
+        if self._cache is None:
+            return True
+        return self._reads_latents and not isinstance(self._cache.maps, MapTokens)
 
     @property
     def fits_into_memory(self) -> bool:
@@ -150,6 +159,7 @@ class Examples:
         texts: list[dict[str, Tensor]] = []
         pictures = torch.empty(len(self.shard), *self._first.shape, dtype=torch.uint8)
         maps = torch.empty_like(pictures)
+        tokens: list[Tensor] = []
         random = False
         # The pool reads on while the models encode.
         read = self.pool.map(self._read, self.shard, np.random.default_rng(0).spawn(len(self.shard)))
@@ -160,10 +170,14 @@ class Examples:
                 random = random or drawn
             latents.append(self._encode_pictures(pictures[start : rows.stop]).cpu())
             texts.append(self._encode_text([self.source.caption(self.shard[row]) for row in rows]))
+            if self._reads_latents and not random:
+                part = self._map_tokens(maps[start : rows.stop])
+                tokens.append(part.tokens.cpu())
             progress.advance(task, len(rows))
         text = {name: torch.cat([part[name].cpu() for part in texts]) for name in self._per_prompt()}
+        kept = MapTokens(torch.cat(tokens), part.grid, part.input) if tokens else maps
         self._cache = _Cache(
-            torch.cat(latents), text, maps=None if random else maps, pictures=pictures if random else None
+            torch.cat(latents), text, maps=None if random else kept, pictures=pictures if random else None
         )
         if not bool(self._cache.latents.isfinite().all()):
             raise UserError("The VAE gives NaN or infinity; use dtype float32 or bfloat16.")
@@ -191,13 +205,8 @@ class Examples:
         text = {name: values[rows] for name, values in self._cache.text.items()}
         for name, values in text.items():
             values[drop_text] = self._empty_text[name].cpu()
-        if self._cache.maps is not None:
-            maps = self._cache.maps[rows]
-        else:
-            assert self._cache.pictures is not None
-            extracted = self.pool.map(self._extract, self._cache.pictures[rows], children)
-            maps = torch.stack([found for found, _ in extracted])
-        return self._pinned(Loaded(maps, keep, sigmas, noise, self._cache.latents[rows], text))
+        kept = self._cached_maps(self._cache, rows, children)
+        return self._pinned(Loaded(kept, keep, sigmas, noise, self._cache.latents[rows], text))
 
     def encode(self, loaded: Loaded) -> Batch:
         """Bring a batch to the device, through VAE and text encoders where these are not cached."""
@@ -211,17 +220,32 @@ class Examples:
         return Batch(
             latents.float(),
             text,
-            self._to_device(loaded.maps).float() / 255,
+            loaded.maps if isinstance(loaded.maps, MapTokens) else self._map_tokens(loaded.maps),
             self._to_device(loaded.keep),
             self._to_device(loaded.sigmas),
             self._to_device(loaded.noise),
         )
 
+    def _cached_maps(
+        self, cache: _Cache, rows: Tensor, rngs: Sequence[np.random.Generator]
+    ) -> Tensor | MapTokens:
+        if isinstance(cache.maps, MapTokens):
+            return replace(cache.maps, tokens=cache.maps.tokens[rows])
+        if cache.maps is not None:
+            return cache.maps[rows]
+        assert cache.pictures is not None
+        return torch.stack([found for found, _ in self.pool.map(self._extract, cache.pictures[rows], rngs)])
+
+    @property
+    def _reads_latents(self) -> bool:
+        return self.config.encoder.input == "latents"
+
     def _measure(self) -> tuple[tuple[int, ...], int]:
         """Shape of an example's latents, and the bytes that a cached example takes."""
         latents = self._encode_pictures(self._first[None])
         text = sum(self._empty_text[name].nbytes for name in self._per_prompt())
-        return tuple(latents.shape[1:]), latents.nbytes + text + 2 * self._first.nbytes
+        kept = latents.nbytes * (2 if self._reads_latents else 1)
+        return tuple(latents.shape[1:]), kept + text + 2 * self._first.nbytes
 
     def _per_prompt(self) -> list[str]:
         """Names of the text tensors with one row a prompt; the others are the same for all prompts."""
@@ -243,6 +267,11 @@ class Examples:
     def _encode_pictures(self, pictures: Tensor) -> Tensor:
         return self.family.encode_pictures(self.pipe, self._to_device(pictures).float() / 255)
 
+    def _map_tokens(self, maps: Tensor) -> MapTokens:
+        return map_tokens(
+            self.family, self.pipe, self._to_device(maps).float() / 255, self.config.encoder.input
+        )
+
     @torch.no_grad()
     def _encode_text(self, captions: list[str]) -> dict[str, Tensor]:
         # Pipelines print every caption that they cut: most of them, where a text encoder reads little.
@@ -263,9 +292,11 @@ class Examples:
         """In page-locked memory, from which a GPU copies without holding the step up."""
         if self.device.type == "cuda":
             for name in ("maps", "keep", "sigmas", "noise", "latents", "pictures"):
-                tensor = getattr(loaded, name)
-                if tensor is not None:
-                    setattr(loaded, name, tensor.pin_memory())
+                value = getattr(loaded, name)
+                if isinstance(value, MapTokens):
+                    loaded.maps = replace(value, tokens=value.tokens.pin_memory())
+                elif value is not None:
+                    setattr(loaded, name, value.pin_memory())
             if loaded.text is not None:
                 loaded.text = {name: values.pin_memory() for name, values in loaded.text.items()}
         return loaded

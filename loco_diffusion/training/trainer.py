@@ -81,7 +81,7 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
     examples = Examples(config, source, condition, family, pipe, accelerator.device, process)
     with progress_bar(accelerator.is_main_process) as progress:
         examples.prepare(progress)
-        if examples.cached and config.encoder.input == "pixels":
+        if not examples.needs_models:
             _move(frozen, torch.device("cpu"))
         _move([denoiser], accelerator.device)
         denoiser.train()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from diffusers import FluxPipeline, StableDiffusionPipeline
 from peft import BOFTConfig, LoraConfig, OFTConfig
 
 from loco_diffusion import Controller, LoCOConfig
-from loco_diffusion.control import EncoderConfig
+from loco_diffusion.control import EncoderConfig, map_tokens
+from loco_diffusion.control.encoder import EncoderInput
 from loco_diffusion.errors import UserError
 from loco_diffusion.images import to_pil
 
@@ -121,6 +123,21 @@ def test_pil_and_tensor_maps_are_the_same(flux: FluxPipeline, controller: Contro
         assert torch.equal(draw(flux), expected)
     with controller(canny=[to_pil(image[0])]):
         assert torch.equal(draw(flux), expected)
+
+
+@pytest.mark.parametrize("source", ["pixels", "latents"])
+def test_maps_and_their_tokens_are_the_same(flux: FluxPipeline, source: EncoderInput) -> None:
+    controller = Controller(flux)
+    add_trained(controller, "canny", encoder=EncoderConfig(input=source, hidden_size=8))
+    with controller(canny=condition_map()):
+        expected = draw(flux)
+    tokens = map_tokens(controller.family, flux, condition_map(), source)
+    for _ in range(2):
+        with controller(canny=tokens):
+            assert torch.equal(draw(flux), expected)
+    other = replace(tokens, input="latents" if source == "pixels" else "pixels")
+    with pytest.raises(UserError, match=f"its encoder reads {source}"):
+        controller(canny=other)
 
 
 def test_several_conditions(flux: FluxPipeline, controller: Controller) -> None:

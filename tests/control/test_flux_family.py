@@ -10,8 +10,8 @@ from control_helpers import condition_map, draw
 from diffusers import FluxPipeline
 
 from loco_diffusion.control import ConditionEncoder, EncoderConfig, family_of
-from loco_diffusion.control.encoder import pixel_tokens
 from loco_diffusion.control.flux import FluxFamily
+from loco_diffusion.control.map_tokens import pixel_tokens
 
 FAMILY = FluxFamily()
 

@@ -41,17 +41,23 @@ def make(flux: FluxPipeline) -> Callable[..., Examples]:
     return examples
 
 
+@pytest.mark.parametrize("input", ["pixels", "latents"])
 @pytest.mark.parametrize("condition", ["canny", "deblur"])
-def test_cached_equals_computed(make: Callable[..., Examples], condition: str) -> None:
-    cached, computed = make(condition), make(condition, cache_gigabytes=0)
+def test_cached_equals_computed(make: Callable[..., Examples], condition: str, input: str) -> None:
+    encoder = {"input": input}
+    cached, computed = make(condition, encoder=encoder), make(condition, encoder=encoder, cache_gigabytes=0)
     assert cached.cached and not computed.cached
+    assert computed.needs_models
+    assert cached.needs_models == (input == "latents" and condition == "deblur")  # the blur is drawn anew
     batches = [ex.encode(ex.load([4, 0, 2], np.random.default_rng(7))) for ex in (cached, computed)]
-    for name in ("maps", "keep", "sigmas", "noise"):
+    for name in ("keep", "sigmas", "noise"):
         assert torch.equal(getattr(batches[0], name), getattr(batches[1], name))
+    torch.testing.assert_close(batches[0].maps.tokens, batches[1].maps.tokens)
+    assert batches[0].maps.input == batches[1].maps.input == input
+    assert batches[0].maps.grid == batches[1].maps.grid
     torch.testing.assert_close(batches[0].latents, batches[1].latents)
     torch.testing.assert_close(batches[0].text, batches[1].text)
-    assert batches[0].maps.shape == (3, 3, 32, 32)
-    assert batches[0].maps.min() >= 0 and batches[0].maps.max() <= 1
+    assert len(batches[0].maps) == 3
 
 
 def test_random_conditions_are_drawn_in_every_batch(make: Callable[..., Examples]) -> None:
