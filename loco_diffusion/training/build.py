@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loco_diffusion.adapters import default_target_modules
+from torch import nn
+
+from loco_diffusion.adapters import LocationSchedule, default_target_modules
 from loco_diffusion.adapters.targets import DENOISERS, PRESETS
 from loco_diffusion.control.controller import Controller
 from loco_diffusion.control.encoder import EncoderConfig
@@ -62,3 +64,10 @@ def build_controller(config: TrainingConfig, pipe: DiffusionPipeline) -> Control
         encoder=EncoderConfig(input=config.encoder.input, hidden_size=config.encoder.hidden_size),
     )
     return controller
+
+
+def build_schedule(config: TrainingConfig, denoiser: nn.Module) -> LocationSchedule | None:
+    """What tells a LoCA adapter when to learn its locations; other methods learn all at once."""
+    if config.adapter.method != "loca":
+        return None
+    return LocationSchedule(denoiser, config.steps, config.condition)

@@ -18,7 +18,7 @@ from loco_diffusion.bases import load_base
 from loco_diffusion.conditions import get_condition
 from loco_diffusion.control.family import family_of
 from loco_diffusion.errors import UserError
-from loco_diffusion.training.build import build_controller, build_source
+from loco_diffusion.training.build import build_controller, build_schedule, build_source
 from loco_diffusion.training.checkpoints import (
     load_checkpoint,
     load_optimizer_tensors,
@@ -126,6 +126,7 @@ class _Training:
             parameter.data = parameter.data.to(accelerator.device)
         self.initial = {name: [p.detach().clone() for p in group] for name, group in self.parameters.items()}
         self.optimizer = accelerator.prepare(self._make_optimizer())
+        self.schedule = build_schedule(config, self.denoiser)
         self.step = 0
         self.loss_sum = torch.zeros((), device=accelerator.device)
         self.losses = 0
@@ -209,6 +210,8 @@ class _Training:
         self.grad_norm = self.accelerator.clip_grad_norm_(self.flat_parameters, config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.schedule is not None:
+            self.schedule.step()
         return total
 
     def _backward(self, batch: Batch) -> Tensor:
@@ -232,7 +235,7 @@ class _Training:
         """Over processes, in one message: adapters are small, and the denoiser's hooks stay free of DDP's."""
         if self.accelerator.num_processes == 1:
             return
-        parameters = self.flat_parameters
+        parameters = [parameter for parameter in self.flat_parameters if parameter.requires_grad]
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -322,6 +325,8 @@ class _Training:
             raise UserError(f"Checkpoint {checkpoint} does not fit this run ({error}); delete it.") from error
         if self.accelerator.scaler is not None and state.get("scaler"):
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict({"steps_done": self.step})
         self.saved_step = self.step
 
     def _make_optimizer(self) -> torch.optim.Optimizer:

@@ -12,6 +12,7 @@ from rotated_helpers import BASES, IN, OUT, SETTINGS, base, config, dense_weight
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import conv2d, linear
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from loco_diffusion.adapters.loco.layer import Linear, LoCOLayer
 from loco_diffusion.adapters.rotated import SIDES, Side
@@ -215,10 +216,9 @@ def test_integer_weights_train_but_do_not_merge(settings: str) -> None:
 
 @pytest.mark.parametrize("can_requantise", [False, True])
 def test_torchao_int8_weights(can_requantise: bool) -> None:
-    quantization = pytest.importorskip("torchao.quantization", reason="needs torchao")
-    weight_only = quantization.Int8WeightOnlyConfig()
+    weight_only = Int8WeightOnlyConfig()
     linear_layer = nn.Sequential(nn.Linear(IN, OUT))
-    quantization.quantize_(linear_layer, weight_only)
+    quantize_(linear_layer, weight_only)
     kwargs = {"get_apply_tensor_subclass": lambda: weight_only} if can_requantise else {}
     made = Linear(linear_layer[0], "default", config(side="both"), kwargs)
     x = torch.randn(2, IN)

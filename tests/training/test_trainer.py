@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from loco_diffusion.control.controller import Controller
 from loco_diffusion.errors import UserError
-from loco_diffusion.training.checkpoints import list_checkpoints
+from loco_diffusion.training.checkpoints import list_checkpoints, load_checkpoint
 from loco_diffusion.training.config import TrainingConfig, make_config
 from loco_diffusion.training.trainer import train
 
@@ -82,6 +82,36 @@ def test_loss_falls_on_four_pictures(make: Any, flux: Any) -> None:
     assert points[-1]["loss"] < 0.9 * points[0]["loss"]
     assert all(point["adapter_changed"] > 0 and point["encoder_changed"] > 0 for point in points)
     assert Controller(flux).load_adapter(folder) == "canny"
+
+
+def test_loca_learns_locations_in_turn_at_the_start(make: Any) -> None:
+    config = make(
+        adapter={"method": "loca", "options": {"num_coefficients": 50}},
+        steps=80,
+        checkpoint_every=2,
+        keep_checkpoints=99,
+        lr=1e-2,
+    )
+    train(config)
+    expected = _weights(config)
+    checkpoints = _checkpoints(config)
+    saved = [load_checkpoint(path)[0] for path in checkpoints]
+
+    def learned(number: int) -> set[str]:
+        """What changed between a checkpoint and the next: coefficients are vectors, locations matrices."""
+        before, after = saved[number : number + 2]
+        names = [name for name in before if name.startswith("adapter.")]
+        changed = [name for name in names if not torch.equal(before[name], after[name])]
+        return {"locations" if before[name].ndim == 2 else "coefficients" for name in changed}
+
+    # Ten steps of coefficients, then locations, until 15 % of all steps are over: after the twelfth.
+    assert [learned(number) for number in range(8)] == [{"coefficients"}] * 4 + [{"locations"}] + [
+        {"coefficients"}
+    ] * 3
+    for checkpoint in checkpoints[5:]:  # 10 steps are left: the next one is the first of locations
+        shutil.rmtree(checkpoint)
+    train(config, resume=True)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in _weights(config).items())
 
 
 @pytest.mark.parametrize(
