@@ -27,8 +27,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from chart import Color, Line, Panel, Style, figure
-from PIL import Image
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from timing import in_turn
 from torch import Tensor
 
@@ -43,15 +44,14 @@ PLANES = ("random", "coinciding")
 WAYS = ("order 0", "order 1", "exact")
 SEQUENTIAL = "one by one"
 
-_COLORS: dict[str, Color] = {
-    "order 0": (200, 65, 40),
-    "order 1": (222, 150, 30),
-    "order 2": (80, 150, 80),
-    "order 3": (50, 110, 190),
-    "exact": (20, 20, 20),
-    SEQUENTIAL: (150, 90, 170),
+_COLORS = {
+    "order 0": "tab:red",
+    "order 1": "tab:orange",
+    "order 2": "tab:green",
+    "order 3": "tab:blue",
+    "exact": "black",
+    SEQUENTIAL: "tab:purple",
 }
-_GREY: Color = (110, 110, 110)
 
 Records = list[dict[str, Any]]
 
@@ -73,7 +73,7 @@ def main(
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "chain_order.json").write_text(json.dumps(results, indent=1) + "\n")
-    draw(results).save(out / "chain_order.png", optimize=True)
+    draw(results).savefig(out / "chain_order.png")
     typer.echo(f"Wrote {out / 'chain_order.json'} and {out / 'chain_order.png'}.")
 
 
@@ -170,74 +170,74 @@ def _without_gradients(run: Callable[..., Tensor], *arguments: object) -> None:
         run(*arguments)
 
 
-def draw(results: dict[str, Any]) -> Image.Image:
+def draw(results: dict[str, Any]) -> Figure:
     """The figure: errors by angle for each length, orthogonality errors likewise, time by length."""
     settings, machine = results["settings"], results["machine"]
-    errors = [_accuracy_panel(results["accuracy"], length, "error") for length in LENGTHS]
-    orthogonality = [
-        _accuracy_panel(results["accuracy"], length, "orthogonality_error") for length in LENGTHS
-    ]
-    rotate = f"form it, rotate {settings['tokens']} tokens"
-    times = [
-        _time_panel(results["time"], "form", "form the chain: forward, backward"),
-        _time_panel(results["time"], "train", f"{rotate}: forward, backward"),
-        _time_panel(results["time"], "evaluate", f"{rotate}: forward"),
-    ]
-    legend: list[tuple[str, Color, Style]] = [(name, color, "solid") for name, color in _COLORS.items()]
-    legend += [("planes drawn at random", _GREY, "solid"), ("planes that coincide", _GREY, "dots")]
-    legend += [("bound for any planes", _GREY, "dashed")]
-    notes = [
-        f"Chains of rotations, each in r = {settings['r']} planes of {settings['size']} dimensions (Cayley map). "
-        f"Errors in float64. Time in float32, median of {settings['repeats']} runs.",
-        f"{machine['device']}; {machine['cpu']}, {machine['threads']} threads, load {machine['load']}; "
-        f"torch {machine['packages']['torch']}",
-    ]
-    rows = [errors, orthogonality, times]
-    return figure("What the order of a chain of rotations is worth, and what it costs", notes, legend, rows)
-
-
-def _accuracy_panel(records: Records, length: int, quantity: str) -> Panel:
-    names = {"error": "error, spectral norm", "orthogonality_error": "orthogonality error, Frobenius norm"}
-    panel = Panel(
-        f"{length} rotations",
-        "angle of each rotation",
-        names[quantity],
-        {1.0: "1°", 3.0: "3°", 10.0: "10°", 30.0: "30°", 90.0: "90°"},
-        {10.0**e: f"1e{e}" if e else "1" for e in range(-16, 9, 4)},
+    figure = Figure(figsize=(11, 11), dpi=150, layout="constrained")
+    figure.suptitle(
+        "What the order of a chain of rotations is worth, and what it costs\n"
+        f"rotations in r = {settings['r']} planes of {settings['size']} dimensions (Cayley map); errors in "
+        f"float64; time in float32, median of {settings['repeats']} runs\n{machine['device']}; {machine['cpu']}, "
+        f"{machine['threads']} threads, load {machine['load']}; torch {machine['packages']['torch']}",
+        fontsize=9,
     )
-    styles: list[tuple[str, str, Style]] = [(PLANES[0], quantity, "solid"), (PLANES[1], quantity, "dots")]
+    panels = figure.subplots(3, 3)
+    for column, length in enumerate(LENGTHS):
+        chosen = [record for record in results["accuracy"] if record["num_rotations"] == length]
+        panels[0, column].set_title(f"{length} rotations", fontsize=9)
+        _draw_accuracy(panels[0, column], chosen, "error", "error, spectral norm")
+        _draw_accuracy(
+            panels[1, column], chosen, "orthogonality_error", "orthogonality error, Frobenius norm"
+        )
+    rotate = f"form it, rotate {settings['tokens']} tokens"
+    titles = {
+        "form": "form the chain: forward, backward",
+        "train": f"{rotate}: forward, backward",
+        "evaluate": f"{rotate}: forward",
+    }
+    for panel, (what, title) in zip(panels[2], titles.items(), strict=True):
+        panel.set_title(title, fontsize=9)
+        _draw_time(panel, [record for record in results["time"] if record["what"] == what])
+    lines = [Line2D([], [], color=color, label=name) for name, color in _COLORS.items()]
+    lines += [
+        Line2D([], [], color="gray", label="planes drawn at random"),
+        Line2D([], [], color="gray", linestyle="", marker=".", label="planes that coincide"),
+        Line2D([], [], color="gray", linestyle="--", label="bound for any planes"),
+    ]
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(_COLORS), fontsize=8)
+    return figure
+
+
+def _draw_accuracy(panel: Axes, records: Records, quantity: str, label: str) -> None:
+    styles = [(PLANES[0], quantity, "-"), (PLANES[1], quantity, ".")]
     if quantity == "error":
-        styles.insert(0, (PLANES[1], "bound", "dashed"))
-    chosen = [record for record in records if record["num_rotations"] == length]
-    for order in dict.fromkeys(record["order"] for record in chosen):
+        styles.insert(0, (PLANES[1], "bound", "--"))
+    for order in dict.fromkeys(record["order"] for record in records):
         color = _COLORS["exact" if order == "exact" else f"order {order}"]
         for planes, key, style in styles:
-            if (order, key) == ("exact", "bound"):
-                continue  # it is 0
-            points = [r for r in chosen if (r["order"], r["planes"]) == (order, planes)]
-            line = Line([r["degrees"] for r in points], [r[key] for r in points], color, style)
-            panel.lines.append(line)
-    return panel
+            points = [r for r in records if (r["order"], r["planes"]) == (order, planes) and r[key] > 0]
+            panel.loglog([r["degrees"] for r in points], [r[key] for r in points], style, color=color)
+    panel.set_ylim(1e-17, 1e9)
+    panel.set_xlabel("angle of each rotation, degrees", fontsize=8)
+    panel.set_ylabel(label, fontsize=8)
+    _finish(panel)
 
 
-def _time_panel(records: Records, what: str, title: str) -> Panel:
-    chosen = [record for record in records if record["what"] == what]
-    values = [record["milliseconds"] for record in chosen]
-    steps = [factor * 10.0**e for e in range(-4, 5) for factor in (1, 2, 5)]
-    low = max(step for step in steps if step <= min(values))
-    high = min(step for step in steps if step >= max(values))
-    panel = Panel(
-        title,
-        "rotations in the chain",
-        "ms",
-        {float(length): str(length) for length in TIMED_LENGTHS},
-        {step: f"{step:g}" for step in steps if low <= step <= high},
-    )
-    for way in dict.fromkeys(record["way"] for record in chosen):
-        points = [record for record in chosen if record["way"] == way]
+def _draw_time(panel: Axes, records: Records) -> None:
+    for way in dict.fromkeys(record["way"] for record in records):
+        points = [record for record in records if record["way"] == way]
         x, y = ([r[key] for r in points] for key in ("num_rotations", "milliseconds"))
-        panel.lines.append(Line(x, y, _COLORS[way]))
-    return panel
+        panel.loglog(x, y, color=_COLORS[way])
+    panel.set_xticks(TIMED_LENGTHS, [str(length) for length in TIMED_LENGTHS], minor=False)
+    panel.set_xticks([], minor=True)
+    panel.set_xlabel("rotations in the chain", fontsize=8)
+    panel.set_ylabel("ms", fontsize=8)
+    _finish(panel)
+
+
+def _finish(panel: Axes) -> None:
+    panel.grid(alpha=0.3)
+    panel.tick_params(labelsize=7)
 
 
 if __name__ == "__main__":

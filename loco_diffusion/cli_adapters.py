@@ -15,7 +15,7 @@ from loco_diffusion.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
-    from loco_diffusion.control.adapter_folder import PeftFolder
+    from loco_diffusion.adapters.peft_folder import PeftFolder
     from loco_diffusion.control.family import Pipeline
 
 NAME = "adapter"  # of an adapter in its base model
@@ -43,12 +43,13 @@ def export(
 
     loco-diffusion export path/to/canny --out canny-lora
     """
+    from loco_diffusion.adapters import peft_folder
     from loco_diffusion.adapters.export import lora_config, to_lora, truncate, write_lora_file
     from loco_diffusion.control import adapter_folder
 
     quiet_libraries()
     check_new(out)
-    folder = adapter_folder.find(adapter)
+    folder = peft_folder.find(adapter)
     content = adapter_folder.read_any(folder)
     with progress_bars() as progress:
         progress.add_task("Exporting", total=None)
@@ -89,6 +90,7 @@ def merge(
 
     loco-diffusion merge run1/adapter run2/adapter --method lie --weights 0.5,0.5 --out mean
     """
+    from loco_diffusion.adapters import peft_folder
     from loco_diffusion.control import adapter_folder
     from loco_diffusion.control.merging import merge_folders
 
@@ -97,7 +99,7 @@ def merge(
         raise UserError("There is only one adapter to merge; give two or more.")
     strengths = _strengths(weights, len(adapters))
     check_new(out)
-    contents = [adapter_folder.read_any(adapter_folder.find(adapter)) for adapter in adapters]
+    contents = [adapter_folder.read_any(peft_folder.find(adapter)) for adapter in adapters]
     adapter_folder.write(out, merge_folders(contents, method, strengths))
     say(f"Wrote {out}")
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
     from loco_diffusion.adapters.inspection import Inspection
-    from loco_diffusion.control.adapter_folder import PeftFolder
+    from loco_diffusion.adapters.peft_folder import PeftFolder
 
 _LONGEST = 200  # of the targets, in letters
 
@@ -43,6 +43,7 @@ def info(
     are unlike all of the base model's.
     """
     from loco_diffusion import spectra
+    from loco_diffusion.adapters import peft_folder
     from loco_diffusion.adapters.inspection import inspect
     from loco_diffusion.control import adapter_folder
     from loco_diffusion.control.layers import method_name
@@ -51,7 +52,7 @@ def info(
     quiet_libraries()
     if plot is not None:
         check_new(check_output(plot))
-    folder = adapter_folder.find(adapter)
+    folder = peft_folder.find(adapter)
     content = adapter_folder.read_any(folder)
     inspection = inspect(content.method, content.adapter)
     if plot is not None and inspection is None:

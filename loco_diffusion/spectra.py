@@ -6,25 +6,22 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
+from PIL import Image
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Spectra = Mapping[str, Sequence[float]]
 """By the layer's path: its values, not negative, from the largest to the smallest; at least one."""
 
 _NUMBER = re.compile(r"\b\d+\b")  # a whole part of a path
 _BARS, _PLAIN_BARS = "▁▂▃▄▅▆▇█", ".:-=+*#@"
-
-_SCALE = 3  # drawn larger and reduced, which smooths the edges
-_COLUMNS, _PANEL, _GAP, _LINE = 4, (230, 110), 28, 20
-_AXIS = 62  # for the numbers at the left
-_FONT, _SMALL_FONT = 13, 11
-_LONGEST = 32  # letters over a panel
-_PAPER, _INK, _SOFT_INK, _GRID = (255, 255, 255), (25, 25, 25), (115, 115, 115), (228, 228, 228)
-_DOT, _MEDIAN = (37, 99, 175, 110), (214, 93, 14, 255)
+_COLUMNS = 4  # of panels
 
 
 def grouped(paths: Sequence[str]) -> dict[str, list[str]]:
@@ -72,90 +69,50 @@ def picture(spectra: Spectra, quantity: str, unit: str, title: str) -> Image.Ima
         title: written at the top.
 
     Returns:
-        An RGB picture, 1094 px wide.
+        An RGB picture, 1200 px wide.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     sections = _sections(spectra)
-    rows = sum(math.ceil(len(section) / _COLUMNS) for section in sections.values())
-    row_height = _PANEL[1] + 3 * _LINE
-    width = _AXIS + _COLUMNS * (_PANEL[0] + _GAP)
-    height = 4 * _LINE + rows * row_height + sum(_LINE for heading in sections if heading)
-    canvas = _Canvas(width, height)
-    canvas.text(_GAP, 1.2 * _LINE, title, _INK, _FONT + 3)
-    legend = f"a column for each block; dots: the {quantity}s of its layer; line: their median"
-    canvas.text(_GAP, 2.3 * _LINE, legend, _SOFT_INK)
-    scale = _Scale(max(values[0] for values in spectra.values()) or 1.0, unit)
-    y = 3.5 * _LINE
-    for heading, section in sections.items():
-        if heading:
-            canvas.text(_GAP, y + _LINE / 2, heading, _INK, _FONT + 2)
-            y += _LINE
-        for number, (label, layers) in enumerate(section.items()):
-            column = number % _COLUMNS
-            if number and column == 0:
-                y += row_height
-            x = _AXIS + column * (_PANEL[0] + _GAP)
-            canvas.panel(x, y + 1.5 * _LINE, label, layers, scale, numbered=column == 0)
-        y += row_height
-    return canvas.image.resize((width, height), Image.Resampling.LANCZOS)
+    rows = {heading: math.ceil(len(section) / _COLUMNS) for heading, section in sections.items()}
+    figure = Figure(figsize=(8, 0.7 + 1.6 * sum(rows.values())), dpi=150, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    figure.suptitle(
+        f"{title}\na column for each block; dots: the {quantity}s of its layer; line: their median",
+        fontsize=9,
+    )
+    top = max(values[0] for values in spectra.values()) or 1.0
+    parts = figure.subfigures(len(sections), 1, height_ratios=list(rows.values()), squeeze=False)[:, 0]
+    for part, (heading, section) in zip(parts, sections.items(), strict=True):
+        part.suptitle(heading, x=0.01, ha="left", fontsize=9, fontweight="bold")
+        panels = part.subplots(rows[heading], _COLUMNS, sharey=True, squeeze=False).flatten()
+        for panel, (label, layers) in zip(panels, section.items(), strict=False):
+            _draw_panel(panel, label, layers, unit, 1.05 * top)
+        for panel in panels[len(section) :]:
+            panel.set_visible(False)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-class _Scale(NamedTuple):
-    """The vertical axis of all panels, from 0."""
-
-    top: float
-    unit: str
-
-    def marks(self) -> list[float]:
-        """Round numbers, two to four of them."""
-        magnitude = 10 ** math.floor(math.log10(self.top))
-        step = next(s for s in (0.2, 0.5, 1, 2, 5) if self.top / (s * magnitude) < 4) * magnitude
-        return [step * number for number in range(int(self.top / step) + 1)]
-
-
-class _Canvas:
-    """Draws in the finished picture's pixels."""
-
-    def __init__(self, width: int, height: int) -> None:
-        self.image = Image.new("RGB", (width * _SCALE, height * _SCALE), _PAPER)
-        self._pen = ImageDraw.Draw(self.image, "RGBA")
-
-    def text(
-        self, x: float, y: float, text: str, ink: tuple[int, ...], size: int = _FONT, anchor: str = "lm"
-    ) -> None:
-        font = ImageFont.load_default(size * _SCALE)
-        self._pen.text((x * _SCALE, y * _SCALE), text, ink, font, anchor=anchor)
-
-    def box(self, x0: float, y0: float, x1: float, y1: float, ink: tuple[int, ...]) -> None:
-        self._pen.rectangle([v * _SCALE for v in (x0, y0, x1, y1)], ink)
-
-    def dot(self, x: float, y: float, radius: float, ink: tuple[int, ...]) -> None:
-        self._pen.ellipse([v * _SCALE for v in (x - radius, y - radius, x + radius, y + radius)], ink)
-
-    def panel(
-        self, x: float, y: float, label: str, layers: list[Sequence[float]], scale: _Scale, numbered: bool
-    ) -> None:
-        """One panel with its upper left corner at (x, y), below the label; `numbered` marks are labelled."""
-        width, height = _PANEL
-
-        def level(value: float) -> float:
-            return y + height * (1 - value / scale.top)
-
-        shown = label if len(label) <= _LONGEST else f"...{label[3 - _LONGEST :]}"
-        self.text(x, y - 0.6 * _LINE, shown, _INK)
-        for mark in scale.marks():
-            self.box(x, level(mark) - 0.5, x + width, level(mark) + 0.5, _GRID)
-            if numbered:
-                self.text(x - 6, level(mark), f"{mark:.3g}{scale.unit}", _SOFT_INK, _SMALL_FONT, "rm")
-        step = width / len(layers)
-        radius, half = min(2.4, max(1.2, step / 5)), min(7.0, 0.4 * step)
-        for block, values in enumerate(layers):
-            middle = x + (block + 0.5) * step
-            for value in values:
-                self.dot(middle, level(value), radius, _DOT)
-            line = level(median(values))
-            self.box(middle - half, line - 0.8, middle + half, line + 0.8, _MEDIAN)
-            if block in (0, len(layers) - 1):
-                self.text(middle, y + height + 0.5 * _LINE, str(block), _SOFT_INK, _SMALL_FONT, "mm")
+def _draw_panel(panel: Axes, label: str, layers: list[Sequence[float]], unit: str, top: float) -> None:
+    for block, values in enumerate(layers):
+        panel.plot(
+            [block] * len(values),
+            values,
+            "o",
+            color="tab:blue",
+            alpha=0.4,
+            markersize=3 if len(layers) < 16 else 1.5,
+        )
+        panel.hlines(median(values), block - 0.35, block + 0.35, color="tab:orange")
+    panel.set_title(label, fontsize=8)
+    panel.set_ylim(-0.05 * top, top)  # a median at 0 is to be seen
+    panel.set_xlim(-0.6, len(layers) - 0.4)
+    panel.set_xticks(sorted({0, len(layers) - 1}))
+    panel.yaxis.set_major_formatter(f"{{x:.3g}}{unit}")
+    panel.grid(axis="y", alpha=0.3)
+    panel.tick_params(labelsize=7)
 
 
 def _sections(spectra: Spectra) -> dict[str, dict[str, list[Sequence[float]]]]:

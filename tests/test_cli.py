@@ -144,6 +144,7 @@ def test_a_prompt_that_the_model_would_not_read_to_its_end_is_refused(
 
 def test_a_process_writes_the_picture_and_nothing_else(controlled: list[str]) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment["TORCH_LOGS"] = "-all"  # torch reports what torchao, which the tests install, does on import
     command = [sys.executable, "-m", "loco_diffusion.cli", *controlled]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (0, "")

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
-import re
 import secrets
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from loco_diffusion.adapters import peft_folder
+from loco_diffusion.adapters.peft_folder import (
+    ADAPTER_FILE,
+    METHOD_FILE,
+    PEFT_PREFIX,
+    PeftFolder,
+    all_finite,
+    broken,
+    check_complete,
+    read_json,
+    read_weights,
+)
 from loco_diffusion.control.encoder import EncoderConfig
-from loco_diffusion.control.layers import all_finite, one_line
 from loco_diffusion.errors import UserError
 
-METHOD_FILE = "adapter_config.json"
-ADAPTER_FILE = "adapter_model.safetensors"
 CONTROL_FILE = "control_config.json"
 ENCODER_FILE = "control_encoder.safetensors"
 FILES = (METHOD_FILE, ADAPTER_FILE, CONTROL_FILE, ENCODER_FILE)
-_PEFT_PREFIX = "base_model.model."  # what PeftModel.from_pretrained expects before every name
 
 
 class BaseDescription(BaseModel):
@@ -54,19 +57,6 @@ class ControlConfig(BaseModel):
 
 
 @dataclass(frozen=True)
-class PeftFolder:
-    """What a folder of peft's holds.
-
-    Attributes:
-        method: peft's config of the adapter.
-        adapter: the adapter's weights, named as in the base model.
-    """
-
-    method: PeftConfig
-    adapter: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
 class AdapterFolder(PeftFolder):
     """What an adapter folder holds.
 
@@ -77,35 +67,6 @@ class AdapterFolder(PeftFolder):
 
     control: ControlConfig
     encoder: dict[str, Tensor]
-
-
-def find(path_or_hub_id: str | os.PathLike[str]) -> Path:
-    """The adapter folder at a path, or downloaded from the Hugging Face Hub (only the adapter's own files).
-
-    Raises:
-        UserError: there is no such folder, and it is no hub id or the download fails.
-    """
-    repository = os.fspath(path_or_hub_id)
-    path = Path(repository).expanduser()
-    try:
-        is_folder, exists = path.is_dir(), path.exists()
-    except (OSError, ValueError):  # too long or too odd to be a path
-        is_folder = exists = False
-    if is_folder:
-        return path
-    if exists:
-        raise UserError(f"{path} is a file; give the folder of the adapter.")
-    if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", repository):
-        raise UserError(f"There is no adapter folder {repository}; check the path.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repository, allow_patterns=list(FILES)))
-    except Exception as error:  # network, cache, authentication, validation: many types
-        raise UserError(
-            f"{repository} is no folder here and could not be downloaded from the Hugging Face Hub "
-            f"({type(error).__name__}); check the name and the connection."
-        ) from error
 
 
 def check_base(folder: Path, trained: BaseDescription, present: BaseDescription) -> None:
@@ -140,9 +101,10 @@ def read(folder: Path) -> AdapterFolder:
     Raises:
         UserError: a file is missing or damaged, the method is unknown, or weights are not finite.
     """
-    _check_complete(folder, FILES)
+    check_complete(folder, FILES)
     control = _read_control(folder / CONTROL_FILE)
-    return AdapterFolder(*_read_adapter(folder), control, _read_weights(folder / ENCODER_FILE))
+    content = peft_folder.read(folder)
+    return AdapterFolder(content.method, content.adapter, control, read_weights(folder / ENCODER_FILE))
 
 
 def read_any(folder: Path) -> PeftFolder:
@@ -151,10 +113,7 @@ def read_any(folder: Path) -> PeftFolder:
     Raises:
         UserError: as `read`.
     """
-    if (folder / CONTROL_FILE).is_file():
-        return read(folder)
-    _check_complete(folder, (METHOD_FILE, ADAPTER_FILE))
-    return PeftFolder(*_read_adapter(folder))
+    return read(folder) if (folder / CONTROL_FILE).is_file() else peft_folder.read(folder)
 
 
 def check_target(folder: Path) -> None:
@@ -204,7 +163,7 @@ def write(folder: Path, content: PeftFolder) -> Path:
         method = copy.copy(content.method)
         method.inference_mode = True
         method.save_pretrained(str(partial))
-        save_file(_portable(content.adapter, _PEFT_PREFIX), partial / ADAPTER_FILE, {"format": "pt"})
+        save_file(_portable(content.adapter, PEFT_PREFIX), partial / ADAPTER_FILE, {"format": "pt"})
         if control:
             save_file(_portable(control.encoder), partial / ENCODER_FILE, {"format": "pt"})
             (partial / CONTROL_FILE).write_text(control.control.model_dump_json(indent=2) + "\n")
@@ -222,20 +181,6 @@ def write(folder: Path, content: PeftFolder) -> Path:
     return folder
 
 
-def _check_complete(folder: Path, files: Sequence[str]) -> None:
-    for file in files:
-        if not (folder / file).is_file():
-            raise UserError(
-                f"{folder} is no adapter folder: it has no {file}; give the folder of an adapter."
-            )
-
-
-def _read_adapter(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
-    method = _read_method(folder / METHOD_FILE)
-    weights = _read_weights(folder / ADAPTER_FILE)
-    return method, {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in weights.items()}
-
-
 def _portable(weights: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
     return {prefix + name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
 
@@ -244,23 +189,8 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
     return UserError(f"{folder} cannot be written ({error.strerror or error}); choose another folder.")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _broken(file, error) from error
-    if not isinstance(content, dict):
-        raise _broken(file, "it holds no JSON object")
-    return content
-
-
-def _broken(file: Path, reason: Exception | str) -> UserError:
-    text = one_line(reason) if isinstance(reason, Exception) else reason
-    return UserError(f"{file} is broken ({text}); save or download the adapter again.")
-
-
 def _read_control(file: Path) -> ControlConfig:
-    content = _read_json(file)
+    content = read_json(file)
     if isinstance(content.get("format"), int) and content["format"] > 1:
         raise UserError(f"{file} was written by a newer version; update loco-diffusion.")
     try:
@@ -268,26 +198,4 @@ def _read_control(file: Path) -> ControlConfig:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise _broken(file, f"{place}: {first['msg']}") from error
-
-
-def _read_method(file: Path) -> PeftConfig:
-    method = _read_json(file).get("peft_type")
-    if method not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise UserError(
-            f"{file} names the unknown adapter method {method!r}; update loco-diffusion and peft."
-        )
-    try:
-        return PeftConfig.from_pretrained(str(file.parent))
-    except Exception as error:  # a config class raises whatever its checks raise
-        raise _broken(file, error) from error
-
-
-def _read_weights(file: Path) -> dict[str, Tensor]:
-    try:
-        weights = load_file(file)
-    except Exception as error:  # safetensors has its own exception type
-        raise _broken(file, error) from error
-    if not all_finite(weights):
-        raise UserError(f"{file} has weights that are NaN or infinite; download or train the adapter again.")
-    return weights
+        raise broken(file, f"{place}: {first['msg']}") from error

@@ -13,6 +13,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from loco_diffusion.adapters import peft_folder
 from loco_diffusion.control import adapter_folder, layers
 from loco_diffusion.control.adapter import Adapter, AdapterInfo, check_strength, listed, resolve_strengths
 from loco_diffusion.control.adapter_folder import AdapterFolder, BaseDescription, ControlConfig
@@ -96,7 +97,7 @@ class Controller:
             UserError: files are missing or damaged, the adapter belongs to another base model, its weights
                 are not finite or do not fit, or for what `add_adapter` refuses. The pipeline stays as it was.
         """
-        folder = adapter_folder.find(path_or_hub_id)
+        folder = peft_folder.find(path_or_hub_id)
         content = adapter_folder.read(folder)
         adapter_folder.check_base(folder, content.control.base, self._base())
         encoder = self._new_encoder(content.control.encoder)

@@ -14,11 +14,11 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from loco_diffusion.adapters.peft_folder import one_line
 from loco_diffusion.errors import UserError
 
 _UNCHANGED_BASE_INITS = (True, False, "gaussian", "orthogonal")
@@ -269,13 +269,3 @@ def without_layers(denoiser: nn.Module) -> Iterator[None]:
     finally:
         for path, layer in outer.items():
             _replace(denoiser, path, layer)
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's message on one line; its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def all_finite(weights: Mapping[str, Tensor]) -> bool:
-    """Whether no weight is NaN or infinite."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())

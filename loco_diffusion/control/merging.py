@@ -10,7 +10,8 @@ from torch import Tensor
 
 from loco_diffusion.adapters.combine import Combination, merge_adapters
 from loco_diffusion.adapters.loco.config import LoCOConfig
-from loco_diffusion.control.adapter_folder import AdapterFolder, ControlConfig, PeftFolder
+from loco_diffusion.adapters.peft_folder import PeftFolder
+from loco_diffusion.control.adapter_folder import AdapterFolder, ControlConfig
 from loco_diffusion.control.layers import method_name
 from loco_diffusion.errors import UserError
 

@@ -99,10 +99,14 @@ def test_hotswap_refusals(tmp_path: Path) -> None:
     model = get_peft_model(net(), config()).eval()
     saved(tmp_path / "wider", r=3)
     get_peft_model(net(), LoraConfig(target_modules=["first"])).save_pretrained(str(tmp_path / "lora"))
+    saved(tmp_path / "pickle")
+    (tmp_path / "pickle" / "adapter_model.safetensors").rename(tmp_path / "pickle" / "adapter_model.bin")
     for folder, name, message in (
         ("wider", "default", "differs from the adapter 'default' in layers or shapes"),
         ("lora", "default", "holds a LoraConfig: only LoCO adapters"),
         ("wider", "style", "no LoCO adapter 'style' to swap"),
+        ("absent", "default", "no adapter folder"),
+        ("pickle", "default", "it has no adapter_model.safetensors"),
     ):
         with pytest.raises(UserError, match=message):
             hotswap_adapter(model, tmp_path / folder, name)

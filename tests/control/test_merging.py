@@ -14,8 +14,9 @@ from peft import LoraConfig
 
 from loco_diffusion import Controller
 from loco_diffusion.adapters.combine import Combination
+from loco_diffusion.adapters.peft_folder import PeftFolder
 from loco_diffusion.control import EncoderConfig, adapter_folder
-from loco_diffusion.control.adapter_folder import AdapterFolder, BaseDescription, PeftFolder
+from loco_diffusion.control.adapter_folder import AdapterFolder, BaseDescription
 from loco_diffusion.control.merging import merge_folders
 from loco_diffusion.errors import UserError
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import load_peft_weights
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
+from loco_diffusion.adapters import peft_folder
 from loco_diffusion.adapters.loco.config import LoCOConfig
 from loco_diffusion.adapters.loco.layer import LoCOLayer
+from loco_diffusion.adapters.peft_folder import PEFT_PREFIX
 from loco_diffusion.errors import UserError
 
 
@@ -27,7 +28,8 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
         adapter_name: the adapter to overwrite.
 
     Raises:
-        UserError: there is no such adapter, it is merged, or the other one is not LoCO or of other shapes.
+        UserError: there is no such adapter, it is merged, or the other one is missing, damaged, not LoCO or of
+            other shapes.
     """
     model = getattr(model, "_orig_mod", model)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -40,10 +42,12 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
         raise UserError(f"The model has no LoCO adapter {adapter_name!r} to swap: load it as a new adapter.")
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise UserError(f"The adapter {adapter_name!r} is merged into the base weights: unmerge it first.")
-    config = PeftConfig.from_pretrained(str(folder))
+    other = peft_folder.read(peft_folder.find(folder))
+    config = other.method
     if not isinstance(config, LoCOConfig):
         raise UserError(f"{folder} holds a {type(config).__name__}: only LoCO adapters can be swapped.")
-    weights = load_peft_weights(str(folder), device="cpu")
+    prefix = PEFT_PREFIX if isinstance(model, PeftModel) else ""
+    weights = {prefix + name: tensor for name, tensor in other.adapter.items()}
     present = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     different = {(name, tensor.shape) for name, tensor in weights.items()} ^ {
         (name, tensor.shape) for name, tensor in present.items()
