@@ -95,17 +95,22 @@ def main(
     quiet_libraries()
     machine = describe_machine(device, PACKAGES)
     rows = [row for name in _known(workload, WORKLOADS) for row in measure_time(name, methods, settings)]
+    results = {"settings": asdict(settings), "machine": machine, "rows": rows}
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"adapter_speed-{device}-{adapter_dtype}.json"
+    _write(results, path)  # the times, should the slower part be cut off
     for row in rows:
         if "error" not in row:
             typer.echo(f"{row['workload']}, memory: {row['method']}")
             with suppress(BrokenProcessPool):  # killed, for its memory as a rule: the times still count
                 row["peak_bytes"] = in_new_process(peak_of_step, row["workload"], row["method"], settings)
-    results = {"settings": asdict(settings), "machine": machine, "rows": rows}
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"adapter_speed-{device}-{adapter_dtype}.json"
+            _write(results, path)
+    typer.echo(f"Wrote {path} and {path.with_suffix('.md')}.")
+
+
+def _write(results: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(results, indent=1) + "\n")
     path.with_suffix(".md").write_text(to_markdown(results))
-    typer.echo(f"Wrote {path} and {path.with_suffix('.md')}.")
 
 
 def _known(wanted: list[str] | None, names: dict[str, Any]) -> list[str]:
@@ -212,7 +217,7 @@ def _table(rows: list[Row]) -> list[str]:
             lines.append(f"| {row['method']} | {row['error'][:80].replace('|', '/')} | | | | |")
             continue
         times = [f"{row[mode]['median_ms']:.2f} ({row[mode]['ratio']:.2f})" for mode in MODES]
-        peak = "killed"
+        peak = "not measured"
         if "peak_bytes" in row and REFERENCE in peaks:
             peak = f"{row['peak_bytes'] / 2**20:.0f} ({row['peak_bytes'] / peaks[REFERENCE]:.2f})"
         lines.append(f"| {row['method']} | {row['parameters']:,} | {' | '.join(times)} | {peak} |")
