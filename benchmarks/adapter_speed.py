@@ -14,8 +14,8 @@ linear layer of width x width, and a double and a single block of FLUX.1 (see wo
 
 All methods run in turn within each repetition. A ratio is the median over the repetitions of a method's time
 over LoRA's (in evaluation: over the bare layer's) in the same repetition. With float32 adapters, the default,
-the model runs under bfloat16 autocast as in mixed-precision training. Writes adapter_speed-DEVICE-DTYPE.json
-and .md.
+the model runs under bfloat16 autocast as in mixed-precision training. Writes WORKLOAD-DEVICE-DTYPE.json and .md
+into the folder adapter_speed.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def main(
     workload: Annotated[
         list[str] | None, typer.Option(help=f"Only these of {', '.join(WORKLOADS)}; repeatable.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path(__file__).parent / "results",
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path(__file__).parent / "results" / "adapter_speed",
 ) -> None:
     """Measure adapters and write the numbers and a table."""
     if adapter_dtype not in ("float32", "bfloat16"):
@@ -94,18 +94,19 @@ def main(
     settings = Settings(width, tokens, text_tokens, rank, repeats, device, adapter_dtype)  # type: ignore[arg-type]
     quiet_libraries()
     machine = describe_machine(device, PACKAGES)
-    rows = [row for name in _known(workload, WORKLOADS) for row in measure_time(name, methods, settings)]
-    results = {"settings": asdict(settings), "machine": machine, "rows": rows}
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"adapter_speed-{device}-{adapter_dtype}.json"
-    _write(results, path)  # the times, should the slower part be cut off
-    for row in rows:
-        if "error" not in row:
-            typer.echo(f"{row['workload']}, memory: {row['method']}")
-            with suppress(BrokenProcessPool):  # killed, for its memory as a rule: the times still count
-                row["peak_bytes"] = in_new_process(peak_of_step, row["workload"], row["method"], settings)
-            _write(results, path)
-    typer.echo(f"Wrote {path} and {path.with_suffix('.md')}.")
+    for name in _known(workload, WORKLOADS):
+        rows = measure_time(name, methods, settings)
+        results = {"workload": name, "settings": asdict(settings), "machine": machine, "rows": rows}
+        path = out / f"{name}-{device}-{adapter_dtype}.json"
+        _write(results, path)  # the times, should the slower part be cut off
+        for row in rows:
+            if "error" not in row:
+                typer.echo(f"{name}, memory: {row['method']}")
+                with suppress(BrokenProcessPool):  # killed, for its memory as a rule: the times still count
+                    row["peak_bytes"] = in_new_process(peak_of_step, name, row["method"], settings)
+                _write(results, path)
+        typer.echo(f"Wrote {path} and {path.with_suffix('.md')}.")
 
 
 def _write(results: dict[str, Any], path: Path) -> None:
@@ -123,13 +124,13 @@ def _known(wanted: list[str] | None, names: dict[str, Any]) -> list[str]:
 def measure_time(name: str, methods: list[str], settings: Settings) -> list[Row]:
     """A row for each method on one workload; a method that cannot run it has its error there."""
     workload = settings.workload(name)
-    rows: dict[str, Row] = {method: {"workload": name, "method": method} for method in methods}
+    rows: dict[str, Row] = {method: {"method": method} for method in methods}
     models: dict[str, nn.Module] = {}
     for method, row in rows.items():
         typer.echo(f"{name}: {method}")
         try:
             model, row["parameters"] = settings.adapt(workload, method)
-            for mode, run in MODES.items():  # to see whether it runs at all
+            for mode, run in MODES.items():  # warms up, and shows whether it runs at all
                 run(settings, workload, model.train(mode != "evaluation"))
             models[method] = model
         except Exception as error:  # of another library, on this device, at this size: the others still count
@@ -140,7 +141,7 @@ def measure_time(name: str, methods: list[str], settings: Settings) -> list[Row]
             method: partial(run, settings, workload, model.train(mode != "evaluation"))
             for method, model in models.items()
         }
-        samples = in_turn(runs, settings.repeats, settings.device)
+        samples = in_turn(runs, settings.repeats, settings.device, warm_ups=0)
         reference = samples[BARE if mode == "evaluation" else REFERENCE]
         for method, times in samples.items():
             ratio = paired_ratio(times, reference)
@@ -186,11 +187,11 @@ def peak_of_step(name: str, method: str, settings: Settings) -> int:
 
 
 def to_markdown(results: dict[str, Any]) -> str:
-    """The results as tables, one a workload."""
+    """The results as a table."""
     settings, machine = results["settings"], results["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     lines = [
-        "# Speed and memory of adapters",
+        f"# Speed and memory of adapters: {results['workload']}",
         "",
         f"Width {settings['width']}, {settings['tokens']} image and {settings['text_tokens']} text tokens, "
         f"{settings['adapter_dtype']} adapters about as large as LoRA's of rank {settings['rank']}. "
@@ -198,10 +199,9 @@ def to_markdown(results: dict[str, Any]) -> str:
         "",
         f"{machine['device']}; {machine['cpu']}, {machine['cpu_count']} cores, {machine['threads']} threads, "
         f"load {machine['load']}; Python {machine['python']}, {packages}.",
+        "",
+        *_table(results["rows"]),
     ]
-    for name in dict.fromkeys(row["workload"] for row in results["rows"]):
-        rows = [row for row in results["rows"] if row["workload"] == name]
-        lines += ["", f"## {name}", "", *_table(rows)]
     return "\n".join(lines) + "\n"
 
 

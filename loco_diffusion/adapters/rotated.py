@@ -26,7 +26,7 @@ SIDES: tuple[Side, ...] = ("input", "output")  # in the order in which activatio
 class _Factors(NamedTuple):
     """What activations need of an adapter on one side, in their dtype."""
 
-    rotation: tuple[Tensor, Tensor] | None  # B and B T: (n, w) each
+    rotation: tuple[Tensor, Tensor] | None  # B: (n, w) and T: (w, w)
     gain: Tensor | None  # m - 1: (n,); half precision would round a small change of m itself away
 
 
@@ -130,14 +130,16 @@ class RotatedLayer(AdaptedLayer):
         # Under autocast a plain layer casts its input to this dtype anyway; others may look at what they get.
         return x if self.quantization_backend is None else x.to(previous)
 
-    def _rotate(self, x: Tensor, basis: Tensor, product: Tensor, bias: Tensor | None) -> Tensor:
-        """R (x - b) + b on the channels of x, with R = I + (B T) B^T."""
+    def _rotate(self, x: Tensor, basis: Tensor, core: Tensor, bias: Tensor | None) -> Tensor:
+        """R (x - b) + b on the channels of x, with R = I + B T B^T."""
         offset = None if bias is None else -(bias @ basis)
         if self.is_convolution:
             coordinates = functional.conv2d(x, basis.mT[..., None, None], offset)
-            return x + functional.conv2d(coordinates, product[..., None, None])
+            turned = functional.conv2d(coordinates, core[..., None, None])
+            return x + functional.conv2d(turned, basis[..., None, None])
         rows = x.reshape(-1, x.shape[-1])
-        return torch.addmm(rows, functional.linear(rows, basis.mT, offset), product.mT).view(x.shape)
+        coordinates = functional.linear(rows, basis.mT, offset)
+        return torch.addmm(rows, functional.linear(coordinates, core), basis.mT).view(x.shape)
 
     def _scale(self, x: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
         """m (x - b) + b on the channels of x, with m = 1 + gain."""
@@ -174,8 +176,7 @@ class RotatedLayer(AdaptedLayer):
         rotation = None
         if side in self.sides(adapter):
             basis, core = self.get_chain(adapter, side)
-            with torch.autocast(basis.device.type, enabled=False):
-                rotation = basis.to(dtype), (basis @ core).to(dtype)
+            rotation = basis.to(dtype), core.to(dtype)
         magnitude = self.get_magnitude(adapter, side)
         return _Factors(rotation, None if magnitude is None else (magnitude - 1).to(dtype))
 

@@ -35,7 +35,9 @@ def test_every_method_runs_with_as_many_parameters() -> None:
         row["peak_bytes"] = 2**20
     rows[-1]["error"] = "ValueError: too | wide"
     machine = describe_machine("cpu", PACKAGES)
-    table = to_markdown({"settings": asdict(SETTINGS), "machine": machine, "rows": rows}).splitlines()
+    table = to_markdown(
+        {"workload": "linear", "settings": asdict(SETTINGS), "machine": machine, "rows": rows}
+    ).splitlines()
     cells = [line.count("|") for line in table if line.startswith("|")]
     assert len(cells) == 2 + len(rows) and set(cells) == {7}
     assert f"torch {machine['packages']['torch']}" in "".join(table)
