@@ -18,6 +18,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
@@ -177,13 +178,12 @@ def _describe_adapter(folder: Path) -> dict[str, Any]:
     settings = json.loads(json.dumps(content.method.to_dict(), default=str))
     return {
         "peft_config": {key: value for key, value in settings.items() if value not in (None, {}, [])},
-        "encoder": {
-            "input": content.control.encoder.input,
-            "hidden_size": content.control.encoder.hidden_size,
-        },
+        "encoder": asdict(content.control.encoder) if content.control.encoder else None,
         "num_adapter_params": sum(tensor.numel() for tensor in content.adapter.values()),
         "num_encoder_params": sum(tensor.numel() for tensor in content.encoder.values()),
-        "file_size": sum((folder / file).stat().st_size for file in adapter_folder.FILES),
+        "file_size": sum(
+            file.stat().st_size for file in map(folder.joinpath, adapter_folder.FILES) if file.exists()
+        ),
     }
 
 

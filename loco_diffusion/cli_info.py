@@ -101,10 +101,12 @@ def _summary(folder: Path, content: PeftFolder) -> dict[str, str]:
         control, encoder = content.control, sum(tensor.numel() for tensor in content.encoder.values())
         rows |= {
             "base": " ".join(filter(None, (control.base.denoiser, control.base.name_or_path))),
-            "parameters": f"{parameters}, {encoder:,} in the encoder",
             "condition": control.condition,
-            "encoder": f"{control.encoder.input}, {control.encoder.hidden_size} wide",
+            "route": control.route,
         }
+        if control.encoder is not None:
+            rows["parameters"] = f"{parameters}, {encoder:,} in the encoder"
+            rows["encoder"] = f"{control.encoder.input}, {control.encoder.hidden_size} wide"
     return rows
 
 

@@ -7,8 +7,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from loco_diffusion.control.encoder import ConditionEncoder, EncoderConfig
+from loco_diffusion.control.encoder import ConditionEncoder, EncoderConfig, TokensConfig
 from loco_diffusion.errors import UserError
+
+Route = Literal["encoder", "tokens"]
+Window = tuple[float, float]
+"""From which to which share of the denoising steps a condition acts."""
+ALWAYS: Window = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -17,15 +22,20 @@ class AdapterInfo:
 
     Attributes:
         condition: the condition it is trained for, a name in `loco_diffusion.conditions`.
-        encoder: settings of its condition encoder.
         method: peft's name of the adapter method, for example "LOCO".
-        route: how the condition reaches the denoiser.
+        encoder: settings of its condition encoder; None on the tokens route.
+        tokens: settings of the tokens route; None on the encoder route.
     """
 
     condition: str
-    encoder: EncoderConfig
     method: str
-    route: Literal["encoder"] = "encoder"
+    encoder: EncoderConfig | None
+    tokens: TokensConfig | None = None
+
+    @property
+    def route(self) -> Route:
+        """How the condition reaches the denoiser."""
+        return "encoder" if self.tokens is None else "tokens"
 
 
 @dataclass
@@ -33,7 +43,7 @@ class Adapter:
     """One adapter of a controller; `fused` is its strength in the base weights, None if it is not in them."""
 
     info: AdapterInfo
-    encoder: ConditionEncoder
+    encoder: ConditionEncoder | None
     has_strength: bool
     fused: float | None = None
 
@@ -72,11 +82,45 @@ def resolve_strengths(
     return strengths
 
 
+def resolve_windows(
+    given: Iterable[str], start: float | Mapping[str, float], end: float | Mapping[str, float]
+) -> dict[str, Window]:
+    """When each condition acts.
+
+    Args:
+        given: the names that have a map.
+        start, end: one for all, or by name; by default it always acts.
+
+    Raises:
+        UserError: a name has no map, or a window is not 0 <= start < end <= 1.
+    """
+    names = dict.fromkeys(given)
+    starts, ends = (
+        bound if isinstance(bound, Mapping) else dict.fromkeys(names, bound) for bound in (start, end)
+    )
+    for name in [name for name in (*starts, *ends) if name not in names]:
+        raise UserError(
+            f"There is a start or end for {name!r} but no map; maps are given for {listed(names)}."
+        )
+    windows = {name: (starts.get(name, ALWAYS[0]), ends.get(name, ALWAYS[1])) for name in names}
+    for name, (first, last) in windows.items():
+        if not 0 <= first < last <= 1:
+            raise UserError(
+                f"The condition {name!r} acts from {first!r} to {last!r} of the steps; give 0 <= start < end <= 1."
+            )
+    return windows
+
+
 def check_strength(name: str, adapter: Adapter, strength: float) -> None:
     """Raise UserError unless the strength is a finite number that the adapter's method can do."""
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
         raise UserError(f"The strength of {name!r} must be a finite number, got {strength!r}.")
-    if strength not in (0, 1) and not adapter.has_strength:
+    if adapter.info.tokens is not None:
+        if strength < 0:
+            raise UserError(
+                f"The adapter {name!r} is of the tokens route, which has no strength below 0; got {strength:g}."
+            )
+    elif strength not in (0, 1) and not adapter.has_strength:
         raise UserError(
             f"The {adapter.info.method} adapter {name!r} has no strength but 0 and 1; use one of them."
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,7 +26,8 @@ from loco_diffusion.adapters.peft_folder import (
     read_json,
     read_weights,
 )
-from loco_diffusion.control.encoder import EncoderConfig
+from loco_diffusion.control.adapter import Route
+from loco_diffusion.control.encoder import EncoderConfig, TokensConfig
 from loco_diffusion.errors import UserError
 
 CONTROL_FILE = "control_config.json"
@@ -50,10 +51,17 @@ class ControlConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     format: Literal[1] = 1
-    route: Literal["encoder"] = "encoder"
+    route: Route = "encoder"
     condition: str
-    encoder: EncoderConfig
+    encoder: EncoderConfig | None = None
+    tokens: TokensConfig | None = None
     base: BaseDescription
+
+    @model_validator(mode="after")
+    def _settings_are_the_routes(self) -> ControlConfig:
+        if (self.encoder is None, self.tokens is None) != (self.route == "tokens", self.route == "encoder"):
+            raise ValueError(f"the {self.route} route has settings of its own and no others")
+        return self
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class AdapterFolder(PeftFolder):
 
     Attributes:
         control: route, condition, encoder settings and base.
-        encoder: the condition encoder's weights.
+        encoder: the condition encoder's weights; none on the tokens route.
     """
 
     control: ControlConfig
@@ -101,10 +109,14 @@ def read(folder: Path) -> AdapterFolder:
     Raises:
         UserError: a file is missing or damaged, the method is unknown, or weights are not finite.
     """
-    check_complete(folder, FILES)
+    check_complete(folder, (METHOD_FILE, ADAPTER_FILE, CONTROL_FILE))
     control = _read_control(folder / CONTROL_FILE)
     content = peft_folder.read(folder)
-    return AdapterFolder(content.method, content.adapter, control, read_weights(folder / ENCODER_FILE))
+    encoder: dict[str, Tensor] = {}
+    if control.route == "encoder":
+        check_complete(folder, FILES)
+        encoder = read_weights(folder / ENCODER_FILE)
+    return AdapterFolder(content.method, content.adapter, control, encoder)
 
 
 def read_any(folder: Path) -> PeftFolder:
@@ -165,7 +177,8 @@ def write(folder: Path, content: PeftFolder) -> Path:
         method.save_pretrained(str(partial))
         save_file(_portable(content.adapter, PEFT_PREFIX), partial / ADAPTER_FILE, {"format": "pt"})
         if control:
-            save_file(_portable(control.encoder), partial / ENCODER_FILE, {"format": "pt"})
+            if control.encoder:
+                save_file(_portable(control.encoder), partial / ENCODER_FILE, {"format": "pt"})
             (partial / CONTROL_FILE).write_text(control.control.model_dump_json(indent=2) + "\n")
         if folder.exists():
             os.rename(folder, old)  # a folder that is not empty cannot be replaced in one step

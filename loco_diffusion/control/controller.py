@@ -15,13 +15,23 @@ from torch import Tensor, nn
 
 from loco_diffusion.adapters import peft_folder
 from loco_diffusion.control import adapter_folder, layers
-from loco_diffusion.control.adapter import Adapter, AdapterInfo, check_strength, listed, resolve_strengths
+from loco_diffusion.control.adapter import (
+    Adapter,
+    AdapterInfo,
+    Window,
+    check_strength,
+    listed,
+    resolve_strengths,
+    resolve_windows,
+)
 from loco_diffusion.control.adapter_folder import AdapterFolder, BaseDescription, ControlConfig
-from loco_diffusion.control.encoder import ConditionEncoder, EncoderConfig
+from loco_diffusion.control.attention import SelfAttentions
+from loco_diffusion.control.conditioning import Condition, Conditioning
+from loco_diffusion.control.encoder import ConditionEncoder, EncoderConfig, TokensConfig
 from loco_diffusion.control.family import Pipeline, family_of
-from loco_diffusion.control.features import ConditionInput, Features
-from loco_diffusion.control.map_tokens import MapTokens, map_tokens
-from loco_diffusion.control.maps import ConditionMap, map_tensor
+from loco_diffusion.control.map_tokens import MapTokens
+from loco_diffusion.control.maps import ConditionMap
+from loco_diffusion.control.preparation import DEFAULT_CACHE, CacheSettings, Preparation
 from loco_diffusion.errors import UserError
 
 
@@ -38,20 +48,23 @@ class Controller:
     without adapters, bit for bit. The base's weights never change, except by `fuse`.
 
     Args:
-        pipe: a pipeline around a FluxTransformer2DModel.
+        pipe: a pipeline around one of the denoisers that `family_of` knows.
+        cache: where keys and values of the tokens route are kept.
 
     Raises:
         UserError: the pipeline's denoiser is of no known family.
     """
 
-    def __init__(self, pipe: Pipeline) -> None:
+    def __init__(self, pipe: Pipeline, cache: CacheSettings = DEFAULT_CACHE) -> None:
         self.family = family_of(pipe)
         self._pipe = pipe
         self._denoiser = self.family.denoiser(pipe)
+        self._preparation = Preparation(self.family, pipe, self._denoiser, cache)
         self._adapters: dict[str, Adapter] = {}
         self._hooks: list[Any] = []
         self._inside = False
-        self._features: Features | None = None
+        self._conditioning: Conditioning | None = None
+        self._attentions: SelfAttentions | None = None
 
     # Adapters.
 
@@ -67,21 +80,28 @@ class Controller:
         *,
         condition: str | None = None,
         encoder: EncoderConfig | None = None,
+        tokens: TokensConfig | None = None,
     ) -> None:
-        """Add a new adapter and its condition encoder, both trainable and in float32.
+        """Add a new adapter, and on the encoder route its condition encoder, trainable and in float32.
 
         Args:
             adapter_name: a new name: letters, digits, "_" and "-".
             config: of LoCO or of any peft method for layers; it is not changed.
             condition: what it is trained for; default: `adapter_name`.
-            encoder: settings of the encoder; default: EncoderConfig().
+            encoder: settings of the encoder route, which is the default one: EncoderConfig().
+            tokens: settings of the tokens route, to take that instead.
 
         Raises:
-            UserError: the name is taken or not usable, the config does not fit the denoiser or would change
-                the base, an adapter is fused, or a `with controller(...)` is open.
+            UserError: settings of both routes are given, the name is taken or not usable, the config does not
+                fit the denoiser or would change the base, an adapter is fused, or a `with controller(...)` is
+                open.
         """
-        settings = encoder or EncoderConfig()
-        self._attach(adapter_name, config, condition or adapter_name, self._new_encoder(settings), None)
+        if encoder is not None and tokens is not None:
+            raise UserError("There are settings for both routes; give encoder=..., or tokens=....")
+        if tokens is None and encoder is None:
+            encoder = EncoderConfig()
+        info = AdapterInfo(condition or adapter_name, layers.method_name(config), encoder, tokens)
+        self._attach(adapter_name, config, info, None, None)
 
     def load_adapter(self, path_or_hub_id: str | os.PathLike[str], adapter_name: str | None = None) -> str:
         """Load an adapter that `save_adapter` wrote; it is frozen until `trainable_parameters` is called.
@@ -100,17 +120,20 @@ class Controller:
         folder = peft_folder.find(path_or_hub_id)
         content = adapter_folder.read(folder)
         adapter_folder.check_base(folder, content.control.base, self._base())
-        encoder = self._new_encoder(content.control.encoder)
+        control = content.control
+        name = adapter_name or control.condition
+        info = AdapterInfo(
+            control.condition, layers.method_name(content.method), control.encoder, control.tokens
+        )
         try:
-            encoder.load_state_dict(content.encoder)
+            self._attach(name, content.method, info, content.adapter, content.encoder)
         except RuntimeError as error:
             raise UserError(
                 f"The condition encoder in {folder} does not match its configuration; save the adapter again."
             ) from error
-        name = adapter_name or content.control.condition
-        self._attach(name, content.method, content.control.condition, encoder, content.adapter)
-        for parameter in [*layers.parameters_of(self._denoiser, name), *encoder.parameters()]:
-            parameter.requires_grad_(False)
+        for group in self.trainable_parameters(name).values():
+            for parameter in group:
+                parameter.requires_grad_(False)
         return name
 
     def save_adapter(self, folder: str | os.PathLike[str], adapter_name: str) -> Path:
@@ -129,10 +152,14 @@ class Controller:
         content = AdapterFolder(
             method=layers.config_of(self._denoiser, adapter_name),
             control=ControlConfig(
-                condition=adapter.info.condition, encoder=adapter.info.encoder, base=self._base()
+                route=adapter.info.route,
+                condition=adapter.info.condition,
+                encoder=adapter.info.encoder,
+                tokens=adapter.info.tokens,
+                base=self._base(),
             ),
             adapter=layers.weights_of(self._denoiser, adapter_name),
-            encoder=dict(adapter.encoder.state_dict()),
+            encoder=dict(adapter.encoder.state_dict()) if adapter.encoder else {},
         )
         return adapter_folder.write(Path(folder).expanduser(), content)
 
@@ -146,11 +173,13 @@ class Controller:
         self._check_idle()
         layers.remove(self._denoiser, adapter_name)
         del self._adapters[adapter_name]
+        self._preparation.forget(adapter_name)
         if not self._adapters:
             self._remove_hooks()
 
     def trainable_parameters(self, adapter_name: str) -> dict[str, list[nn.Parameter]]:
-        """The parameters under "adapter" and "encoder", switched to requires_grad, also after `load_adapter`.
+        """The parameters under "adapter" and "encoder" (none on the tokens route), switched to requires_grad,
+        also after `load_adapter`.
 
         Raises:
             UserError: the name is unknown.
@@ -158,7 +187,7 @@ class Controller:
         encoder = self._known(adapter_name).encoder
         groups = {
             "adapter": layers.parameters_of(self._denoiser, adapter_name),
-            "encoder": list(encoder.parameters()),
+            "encoder": list(encoder.parameters()) if encoder else [],
         }
         for parameter in (p for group in groups.values() for p in group):
             parameter.requires_grad_(True)
@@ -173,10 +202,16 @@ class Controller:
         that is not fused, it stays in the weights without a condition. Several can be fused.
 
         Raises:
-            UserError: the name is unknown, the strength is 0, not finite or not possible for the method, the
-                base weights cannot be merged (quantised), or a `with controller(...)` is open.
+            UserError: the name is unknown, the adapter is of the tokens route (whose denoising passes need the
+                base's own weights), the strength is 0, not finite or not possible for the method, the base
+                weights cannot be merged (quantised), or a `with controller(...)` is open.
         """
         check_strength(adapter_name, self._known(adapter_name), strength)
+        if self._adapters[adapter_name].info.tokens is not None:
+            raise UserError(
+                f"The adapter {adapter_name!r} is of the tokens route, whose denoising passes need the base's own "
+                "weights; leave it unfused."
+            )
         if strength == 0:
             raise UserError(f"The adapter {adapter_name!r} cannot be fused at strength 0; leave it unfused.")
         self._check_outside()
@@ -224,25 +259,31 @@ class Controller:
         /,
         *,
         strength: float | Mapping[str, float] = 1.0,
+        start: float | Mapping[str, float] = 0.0,
+        end: float | Mapping[str, float] = 1.0,
         keep: Tensor | None = None,
         **named_maps: ConditionMap | MapTokens,
     ) -> AbstractContextManager[None]:
         """The context in which the pipeline, or its denoiser alone, is controlled.
 
-        For training, the backward pass must be in the block, too.
+        Condition maps are encoded at its beginning, under the gradient and autocast modes that hold there. For
+        training, the backward pass must be in the block, too, and there must be only one.
 
         Args:
             control: ready condition maps by adapter name; each is a PIL picture, a list of them (a batch), or
                 a float tensor (B, 3, H, W) in [0, 1], of the size of the picture to draw, or `map_tokens` of
                 such a tensor. B is 1 or divides the number of pictures.
-            strength: factor on features and angles; one for all, or by name (default 1). 0 is no control.
-            keep: (B,) bool for training, False where the features of a row are dropped.
+            strength: one for all, or by name (default 1). On the encoder route a factor on features and angles,
+                on the tokens route one on the attention to the condition. 0 is no control.
+            start: the share of the denoising steps after which a condition begins to act; as strength.
+            end: the share of the steps after which it no longer acts.
+            keep: (B,) bool for training, False where a row's condition is dropped.
             named_maps: as `control`; both may be given.
 
         Raises:
-            UserError: a name is unknown or given twice, a map or strength is not usable, only some adapters
-                are fused, or the pipeline's adapters are disabled. In the block, when the denoiser runs: a
-                map is for another size, or there are more maps than pictures.
+            UserError: a name is unknown or given twice, a map, strength, start or end is not usable, only some
+                adapters are fused, or the pipeline's adapters are disabled. In the block, when the denoiser
+                runs: a map is for another size, or there are more maps than pictures.
         """
         given = dict(control or {})
         for name in given.keys() & named_maps.keys():
@@ -251,52 +292,78 @@ class Controller:
         for name in given:
             self._known(name)
         strengths = resolve_strengths(self._adapters, given, strength)
-        maps = {name: self._usable(name, given[name]) for name in self._adapters if name in given}
+        windows = resolve_windows(given, start, end)
+        maps = {
+            name: self._preparation.usable(name, adapter, given[name])
+            for name, adapter in self._adapters.items()
+            if name in given
+        }
         batches = {len(m) for m in maps.values()} | ({len(keep)} if keep is not None and maps else set())
         if len(batches - {1}) > 1:
             sizes = " and ".join(str(batch) for batch in sorted(batches))
             raise UserError(f"The condition maps come in batches of {sizes}; give the same number of each.")
-        return self._controlled({n: m for n, m in maps.items() if strengths[n] != 0}, strengths, keep)
+        maps = {name: m for name, m in maps.items() if strengths[name] != 0}
+        return self._controlled(maps, strengths, windows, keep)
 
     @contextmanager
     def _controlled(
-        self, maps: dict[str, Tensor | MapTokens], strengths: dict[str, float], keep: Tensor | None
+        self,
+        maps: dict[str, Tensor | MapTokens],
+        strengths: dict[str, float],
+        windows: dict[str, Window],
+        keep: Tensor | None,
     ) -> Iterator[None]:
         self._check_outside()
         fused = self._fused()
-        turning = {name: strengths[name] for name in maps if name not in fused}
-        if turning and fused:
+        for name in maps.keys() - fused if fused else ():
             raise UserError(
-                f"The adapter {next(iter(turning))!r} is not fused, but {next(iter(fused))!r} is; "
-                "fuse both or call unfuse()."
+                f"The adapter {name!r} is not fused, but {next(iter(fused))!r} is; fuse both or call unfuse()."
             )
-        if turning and any(layer.disable_adapters for _, layer in layers.layers_of(self._denoiser)):
+        if (
+            not fused
+            and maps
+            and any(layer.disable_adapters for _, layer in layers.layers_of(self._denoiser))
+        ):
             raise UserError("The pipeline's adapters are disabled; call pipe.enable_lora() first.")
         self._inside = True
         try:
-            if maps:
-                inputs = {name: self._input(name, maps[name], strengths[name]) for name in maps}
-                self._features = Features(inputs, self.family.token_pixels(self._pipe), keep)
-            with layers.activated(self._denoiser, turning):
+            conditions = {
+                name: self._condition(name, maps[name], strengths[name], windows[name], keep) for name in maps
+            }
+            conditioning = Conditioning(
+                self._denoiser,
+                self._attentions,
+                conditions,
+                self.family.token_pixels(self._pipe),
+                self._copies,
+            )
+            self._conditioning = conditioning
+            with conditioning.applied(self._pipe):
                 yield
         finally:
-            self._features = None
+            self._conditioning = None
             self._inside = False
 
-    def _usable(self, name: str, given: ConditionMap | MapTokens) -> Tensor | MapTokens:
-        if not isinstance(given, MapTokens):
-            return map_tensor(given, name, self.family.token_pixels(self._pipe))
-        wanted = self._adapters[name].info.encoder.input
-        if given.input != wanted:
-            raise UserError(f"The tokens for {name!r} are of {given.input}, but its encoder reads {wanted}.")
-        return given
+    def _condition(
+        self, name: str, given: Tensor | MapTokens, strength: float, window: Window, keep: Tensor | None
+    ) -> Condition:
+        adapter, prepare = self._adapters[name], self._preparation
+        if adapter.encoder is None:
+            assert self._attentions is not None
+            recall = prepare.recall(name, adapter, self._attentions, given, strength, keep)
+            return Condition(None, recall, None, window)
+        # Here and not in the denoiser's call: with offloading, calling the VAE sends the denoiser away.
+        features = prepare.features(name, adapter.encoder, given, strength, keep)
+        return Condition(features, None, None if adapter.fused is not None else strength, window)
 
-    def _input(self, name: str, given: Tensor | MapTokens, strength: float) -> ConditionInput:
-        encoder = self._adapters[name].encoder
-        if isinstance(given, Tensor):
-            # Here and not in the denoiser's call: with offloading, calling the VAE sends the denoiser away.
-            given = map_tokens(self.family, self._pipe, given, encoder.config.input)
-        return ConditionInput(given, strength, encoder)
+    @property
+    def cache_nbytes(self) -> int:
+        """Memory, in bytes, of the keys and values that are kept of the last conditions (tokens route)."""
+        return self._preparation.nbytes
+
+    def clear_cache(self) -> None:
+        """Forget what is kept of the last conditions; needed only after writes into ``parameter.data``."""
+        self._preparation.clear()
 
     # Hooks: they stay while there are adapters, because compiled models ignore hooks that come later.
 
@@ -313,16 +380,20 @@ class Controller:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        if self._attentions is not None:
+            self._attentions.remove()
+            self._attentions = None
 
-    @torch.compiler.disable
     def _before_denoiser(self, module: nn.Module, args: tuple[Any, ...], arguments: dict[str, Any]) -> None:
-        # Reading the grid waits for the device, so only where it is read once.
-        if self._features is not None and self._features.pending:
-            self._features.drawn_grid = self.family.grid(arguments)
+        features = self._conditioning.features if self._conditioning else None
+        # Reading the grid waits for the device, so only where it is read once; a compiled graph cannot.
+        if features is not None and features.drawn_grid is None and not torch.compiler.is_compiling():
+            features.drawn_grid = self.family.grid(arguments)
 
-    @torch.compiler.disable
     def _after_input_layer(self, module: nn.Module, args: tuple[Any, ...], hidden: Tensor) -> Tensor | None:
-        return None if self._features is None else self._features.add(hidden)
+        if self._conditioning is None or self._conditioning.features is None:
+            return None
+        return self._conditioning.features.add(hidden)
 
     # Checks and construction.
 
@@ -330,11 +401,14 @@ class Controller:
         self,
         name: str,
         config: PeftConfig,
-        condition: str,
-        encoder: ConditionEncoder,
+        info: AdapterInfo,
         weights: Mapping[str, Tensor] | None,
+        encoder_weights: Mapping[str, Tensor] | None,
     ) -> None:
         self._check_idle()
+        encoder = self._new_encoder(info.encoder) if info.encoder else None
+        if encoder and encoder_weights is not None:
+            encoder.load_state_dict(encoder_weights)
         layers.check_name(self._denoiser, name)
         layers.inject(self._denoiser, config, name)
         if weights is not None:
@@ -345,15 +419,19 @@ class Controller:
                 raise
         if not self._hooks:
             self._install_hooks()
-        info = AdapterInfo(condition, encoder.config, layers.method_name(config))
+        if info.tokens and self._attentions is None:
+            modules = self.family.self_attentions(self._denoiser)
+            self._attentions = SelfAttentions(modules, self.family.linear_attention, self._copies)
         self._adapters[name] = Adapter(info, encoder, layers.has_strength(self._denoiser, name))
 
     def _new_encoder(self, config: EncoderConfig) -> ConditionEncoder:
-        if config.input == "pixels":
-            in_features = 3 * self.family.token_pixels(self._pipe) ** 2
-        else:
-            in_features = self.family.token_channels(self._denoiser)
-        return ConditionEncoder(in_features, self.family.hidden_size(self._denoiser), config)
+        width = self.family.hidden_size(self._denoiser)
+        return ConditionEncoder(
+            self._preparation.token_width(config.input), width, config, self.family.spatial
+        )
+
+    def _copies(self) -> int:
+        return self.family.guidance_copies(self._pipe)
 
     def _base(self) -> BaseDescription:
         return BaseDescription(

@@ -1,8 +1,10 @@
-"""The condition encoder: from the tokens of a condition map to features of the denoiser's image tokens."""
+"""The condition encoder: from a condition map to features for the denoiser's input layer."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch.nn.functional as F
@@ -37,8 +39,27 @@ class EncoderConfig:
             raise UserError(f"EncoderConfig.hidden_size must be a whole number above 0, got {size!r}.")
 
 
+@dataclass(frozen=True)
+class TokensConfig:
+    """Settings of the tokens route.
+
+    Attributes:
+        stride: tokens of the picture, along each side, that one token of the condition stands for; 2 makes the
+            condition four times as cheap.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    stride: int = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stride, bool) or not isinstance(self.stride, int) or self.stride < 1:
+            raise UserError(f"TokensConfig.stride must be a whole number above 0, got {self.stride!r}.")
+
+
 class ConditionEncoder(nn.Module):
-    """Two linear layers with SiLU between them, for each token on its own.
+    """Two layers with SiLU between them: linear, for each token on its own, or 3 x 3 convolutions for a UNet.
 
     The second layer starts at zero, so that training starts at the base model. Parameters are float32.
 
@@ -46,17 +67,27 @@ class ConditionEncoder(nn.Module):
         in_features: channels of a token of the map.
         out_features: the denoiser's hidden size.
         config: the settings.
+        spatial: whether tokens come as a map.
     """
 
-    def __init__(self, in_features: int, out_features: int, config: EncoderConfig) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, config: EncoderConfig, spatial: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
-        self.input_layer = nn.Linear(in_features, config.hidden_size)
-        self.output_layer = nn.Linear(config.hidden_size, out_features)
+        self.in_features = in_features
+        layer: Callable[[int, int], nn.Linear | nn.Conv2d] = nn.Linear
+        if spatial:
+            layer = partial(nn.Conv2d, kernel_size=3, padding=1)
+        self.input_layer = layer(in_features, config.hidden_size)
+        self.output_layer = layer(config.hidden_size, out_features)
+        assert self.output_layer.bias is not None
         nn.init.zeros_(self.output_layer.weight)
         nn.init.zeros_(self.output_layer.bias)
         self.float()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Features (B, tokens, out_features) of a map's tokens (B, tokens, in_features)."""
-        return self.output_layer(F.silu(self.input_layer(tokens)))
+        """Features (B, tokens, out_features) of a map's tokens (B, tokens, in_features); or
+        (B, out_features, rows, columns) of (B, in_features, rows, columns)."""
+        features: Tensor = self.output_layer(F.silu(self.input_layer(tokens)))
+        return features

@@ -1,95 +1,68 @@
-"""The condition features of one `with controller(...)`: computed once, added in every denoiser call."""
+"""The condition features of the encoder route: computed once, added in every denoiser call."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from loco_diffusion.control.encoder import ConditionEncoder
-from loco_diffusion.control.map_tokens import MapTokens
+from loco_diffusion.control.rows import spread
 from loco_diffusion.errors import UserError
 
 
 @dataclass(frozen=True)
-class ConditionInput:
-    """One condition and its encoder.
+class Features:
+    """What one condition adds to the input layer's output.
 
     Attributes:
-        map: of the encoder's input.
-        strength: factor on the features.
-        encoder: what turns the map's tokens into features.
+        tensor: (B or 1, tokens, hidden_size) or (B or 1, hidden_size, rows, columns), times the strength.
+        grid: rows and columns of its tokens.
     """
 
-    map: MapTokens
-    strength: float
-    encoder: ConditionEncoder
+    tensor: Tensor
+    grid: tuple[int, int]
 
 
 @dataclass
-class Features:
-    """The sum of the features of all conditions, made in the first denoiser call, whose autocast and gradient
-    modes it so obeys, and kept for the next ones while gradients are off.
+class FeatureSum:
+    """The features of all conditions together.
 
     Attributes:
-        inputs: the conditions by name; at least one. Batches are equal or 1.
+        conditions: by name, at least one.
         token_pixels: side of a token in pixels, for messages.
-        keep: (B,) bool, False where a row's features are dropped (condition dropout in training), or None.
-        drawn_grid: rows and columns of the tokens of the picture being drawn, where known.
+        copies: see `rows.spread`.
+        drawn_grid: rows and columns of tokens of the picture being drawn, where they are known.
     """
 
-    inputs: dict[str, ConditionInput]
+    conditions: dict[str, Features]
     token_pixels: int
-    keep: Tensor | None = None
+    copies: Callable[[], int]
     drawn_grid: tuple[int, int] | None = None
-    _kept: Tensor | None = field(default=None, init=False)
 
-    @property
-    def pending(self) -> bool:
-        """Whether the next call will compute features without gradient: the moment to learn the grid."""
-        return self._kept is None and not torch.is_grad_enabled()
+    def __post_init__(self) -> None:
+        first, *others = (features.tensor for features in self.conditions.values())
+        self._sum = sum(others, first) if len({t.shape[1:] for t in (first, *others)}) == 1 else first
 
     def add(self, hidden: Tensor) -> Tensor:
-        """The input layer's output (B', tokens, hidden_size) plus the features; same shape and dtype.
+        """The input layer's output plus the features; same shape and dtype.
 
         Raises:
-            UserError: the maps are for another number or grid of tokens, or B' is no multiple of B.
+            UserError: the maps are for another number or grid of tokens, or their number does not fit.
         """
-        features = None if torch.is_grad_enabled() else self._kept
-        if features is None:
-            self._check(hidden)
-            features = self._sum(hidden.device).to(hidden.dtype)
-            self._kept = None if torch.is_grad_enabled() else features
-        repeats, rest = divmod(hidden.shape[0], features.shape[0])
-        if rest:
-            raise UserError(
-                f"There are {features.shape[0]} condition maps for {hidden.shape[0]} pictures; pass one map, "
-                "or as many maps as prompts."
-            )
-        # A pipeline lays out the pictures of one prompt side by side.
-        return hidden + features.repeat_interleave(repeats, dim=0).to(hidden)
-
-    def _sum(self, device: torch.device) -> Tensor:
-        total: Tensor | None = None
-        for condition in self.inputs.values():
-            with torch.inference_mode(False):  # parameters moved in inference mode could never be trained
-                condition.encoder.to(device)
-            features = condition.strength * condition.encoder(condition.map.tokens.to(device))
-            if self.keep is not None:
-                features = features * self.keep.to(device)[:, None, None]
-            total = features if total is None else total + features
-        assert total is not None
-        return total
+        self._check(hidden)
+        return hidden + spread(self._sum.to(hidden), len(hidden), self.copies)
 
     def _check(self, hidden: Tensor) -> None:
-        for name, condition in self.inputs.items():
-            rows, columns = condition.map.grid
+        for name, features in self.conditions.items():
+            rows, columns = features.grid
             drawn = self.drawn_grid
-            if hidden.shape[1] == rows * columns and drawn in (None, (rows, columns)):
+            if hidden.shape[1:] == features.tensor.shape[1:] and drawn in (None, features.grid):
                 continue
+            if hidden.ndim == 4:
+                drawn = (hidden.shape[2], hidden.shape[3])
             picture = f"{hidden.shape[1]} tokens"
-            if drawn is not None and drawn[0] * drawn[1] == hidden.shape[1]:
+            if drawn is not None:
                 picture = f"{drawn[1] * self.token_pixels}x{drawn[0] * self.token_pixels} px"
             raise UserError(
                 f"The map for {name!r} is {columns * self.token_pixels}x{rows * self.token_pixels} px "

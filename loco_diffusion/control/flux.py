@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from loco_diffusion.control.family import Pipeline
+from loco_diffusion.control.family import Pipeline, spread_positions, stack_rows, unwrapped
 
 MAX_TEXT_LENGTH = 512  # the stock pipeline's limit
 _PATCH = 2  # latent pixels along the side of a token
@@ -27,11 +26,13 @@ _BASE_NUMBERS = (
 class FluxFamily:
     """The Family of FLUX.1 models; see there for shapes and ranges."""
 
-    def supports(self, pipe: Pipeline) -> bool:
-        return isinstance(_unwrapped(getattr(pipe, "transformer", None)), FluxTransformer2DModel)
+    spatial = False
+    flow = True
+    linear_attention = False
+    text_in_condition = False
 
     def denoiser(self, pipe: Pipeline) -> nn.Module:
-        model: nn.Module = _unwrapped(pipe.transformer)
+        model: nn.Module = unwrapped(pipe.transformer)
         return model
 
     def input_layer(self, denoiser: nn.Module) -> nn.Module:
@@ -39,19 +40,26 @@ class FluxFamily:
         assert isinstance(layer, nn.Module)
         return layer
 
+    def self_attentions(self, denoiser: nn.Module) -> list[nn.Module]:
+        model = unwrapped(denoiser)
+        return [block.attn for block in (*model.transformer_blocks, *model.single_transformer_blocks)]
+
+    def guidance_copies(self, pipe: Pipeline) -> int:
+        return 1  # the two halves are calls of their own
+
     def hidden_size(self, denoiser: nn.Module) -> int:
-        config = _unwrapped(denoiser).config
+        config = unwrapped(denoiser).config
         return config.num_attention_heads * config.attention_head_dim
 
     def token_channels(self, denoiser: nn.Module) -> int:
-        return _unwrapped(denoiser).config.in_channels
+        return unwrapped(denoiser).config.in_channels
 
     def token_pixels(self, pipe: Pipeline) -> int:
         return pipe.vae_scale_factor * _PATCH
 
     def base_numbers(self, pipe: Pipeline) -> dict[str, int]:
         # Not guidance_embeds: an adapter trained on FLUX.1-dev also works on FLUX.1-schnell.
-        config = _unwrapped(pipe.transformer).config
+        config = unwrapped(pipe.transformer).config
         return {name: config[name] for name in _BASE_NUMBERS} | {"token_pixels": self.token_pixels(pipe)}
 
     def grid(self, arguments: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -64,9 +72,8 @@ class FluxFamily:
     def pack(self, latents: Tensor) -> Tensor:
         return nn.functional.pixel_unshuffle(latents, _PATCH).flatten(2).mT
 
-    def unpack(self, tokens: Tensor, height: int, width: int) -> Tensor:
-        grid = tokens.mT.unflatten(2, (height // _PATCH, width // _PATCH))
-        return nn.functional.pixel_shuffle(grid, _PATCH)
+    def unpack(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
+        return nn.functional.pixel_shuffle(tokens.mT.unflatten(2, (rows, columns)), _PATCH)
 
     @torch.no_grad()
     def encode_pictures(self, pipe: Pipeline, pictures: Tensor) -> Tensor:
@@ -89,6 +96,19 @@ class FluxFamily:
         )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "text_ids": ids}
 
+    def condition_text(self, pipe: Pipeline) -> dict[str, Tensor]:
+        config, device = unwrapped(pipe.transformer).config, pipe._execution_device
+        return {
+            "prompt_embeds": torch.zeros(1, 0, config.joint_attention_dim, device=device),
+            "pooled_prompt_embeds": torch.zeros(1, config.pooled_projection_dim, device=device),
+            "text_ids": torch.zeros(0, 3, device=device),
+        }
+
+    def guidance_arguments(self, pipe: Pipeline, guidance: float, batch: int) -> dict[str, Any]:
+        if unwrapped(pipe.transformer).config.guidance_embeds:
+            return {"guidance_scale": guidance}
+        return {"true_cfg_scale": guidance, "negative_prompt": [""] * batch}
+
     def predict(
         self,
         denoiser: nn.Module,
@@ -96,38 +116,32 @@ class FluxFamily:
         sigma: Tensor,
         text: Mapping[str, Tensor],
         guidance: float | None = None,
+        stride: int = 1,
     ) -> Tensor:
-        model = _unwrapped(denoiser)
-        batch, _, height, width = latents.shape
+        model = unwrapped(denoiser)
+        batch = len(latents)
+        rows, columns = (side // _PATCH for side in latents.shape[-2:])
         scale = None
         if model.config.guidance_embeds:
             scale = torch.full((batch,), 1.0 if guidance is None else guidance, device=latents.device)
+        embeds = stack_rows({name: text[name] for name in ("prompt_embeds", "pooled_prompt_embeds")}, batch)
         velocity = denoiser(
             hidden_states=self.pack(latents).to(model.dtype),
             timestep=sigma.to(latents.device, model.dtype),  # the model itself multiplies by 1000
             guidance=scale,
-            pooled_projections=text["pooled_prompt_embeds"].to(model.dtype),
-            encoder_hidden_states=text["prompt_embeds"].to(model.dtype),
+            pooled_projections=embeds["pooled_prompt_embeds"].to(model.dtype),
+            encoder_hidden_states=embeds["prompt_embeds"].to(model.dtype),
             txt_ids=text["text_ids"],
-            img_ids=_image_ids(height // _PATCH, width // _PATCH, text["text_ids"]),
+            img_ids=_image_ids(rows, columns, text["text_ids"], stride),
             return_dict=False,
         )[0]
-        return self.unpack(velocity, height, width)
+        return self.unpack(velocity, rows, columns)
 
 
-def _unwrapped(model: Any) -> Any:
-    """The model inside torch.compile's and DistributedDataParallel's wrappers."""
-    for attribute in ("module", "_orig_mod"):
-        inner = getattr(model, attribute, None)
-        if isinstance(inner, nn.Module):
-            model = inner
-    return model
-
-
-def _image_ids(rows: int, columns: int, like: Tensor) -> Tensor:
+def _image_ids(rows: int, columns: int, like: Tensor, stride: int) -> Tensor:
     """Positions (tokens, 3) of image tokens, row by row: 0, row, column."""
     axes = (
         torch.zeros(1, device=like.device),
-        *(torch.arange(n, device=like.device, dtype=torch.float32) for n in (rows, columns)),
+        *(spread_positions(side, stride, like.device) for side in (rows, columns)),
     )
     return torch.cartesian_prod(*axes).to(like.dtype)

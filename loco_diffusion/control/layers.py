@@ -227,6 +227,38 @@ def activated(denoiser: nn.Module, strengths: Mapping[str, float]) -> Iterator[N
                 layer.scaling.update(scaling)
 
 
+State = list[tuple[Any, Any, dict[str, float]]]
+"""Adapter layers, their lists of active adapters and their scales."""
+
+
+def state_of(denoiser: nn.Module) -> State:
+    """Which adapters are on, for `in_state`."""
+    return [
+        (layer, layer._active_adapter, dict(getattr(layer, "scaling", {})))
+        for _, layer in layers_of(denoiser)
+    ]
+
+
+@contextmanager
+def in_state(state: State) -> Iterator[None]:
+    """In the block, the adapters are on that were on when the state was taken."""
+    before: State = [
+        (layer, layer._active_adapter, dict(getattr(layer, "scaling", {}))) for layer, *_ in state
+    ]
+    try:
+        _enter(state)
+        yield
+    finally:
+        _enter(before)
+
+
+def _enter(state: State) -> None:
+    for layer, active, scaling in state:
+        layer._active_adapter = active
+        if scaling:
+            layer.scaling.update(scaling)
+
+
 def merge(denoiser: nn.Module, adapter_name: str, strength: float) -> None:
     """Write an adapter into the base weights, computed in float32."""
     for _, layer in layers_of(denoiser, adapter_name):

@@ -25,6 +25,10 @@ class MapTokens:
     grid: tuple[int, int]
     input: EncoderInput
 
+    def as_map(self) -> Tensor:
+        """The tokens as (B, in_features, rows, columns)."""
+        return self.tokens.mT.unflatten(2, self.grid)
+
     def __len__(self) -> int:
         return len(self.tokens)
 

@@ -12,6 +12,7 @@ from loco_diffusion.adapters.combine import Combination, merge_adapters
 from loco_diffusion.adapters.loco.config import LoCOConfig
 from loco_diffusion.adapters.peft_folder import PeftFolder
 from loco_diffusion.control.adapter_folder import AdapterFolder, ControlConfig
+from loco_diffusion.control.encoder import EncoderConfig
 from loco_diffusion.control.layers import method_name
 from loco_diffusion.errors import UserError
 
@@ -48,10 +49,11 @@ def merge_folders(contents: Sequence[PeftFolder], how: Combination, strengths: S
     control = controlled[0].control
     for other in controlled[1:]:
         _check_alike(control, other.control)
+    settings = [_encoder_settings(content.control) for content in controlled]
     method, weights = merge_adapters(adapters, how, strengths)
     encoder = _merge_encoders([content.encoder for content in controlled], strengths)
-    width = sum(content.control.encoder.hidden_size for content in controlled)
-    control = control.model_copy(update={"encoder": replace(control.encoder, hidden_size=width)})
+    width = sum(each.hidden_size for each in settings)
+    control = control.model_copy(update={"encoder": replace(settings[0], hidden_size=width)})
     return AdapterFolder(method, weights, control, encoder)
 
 
@@ -88,8 +90,18 @@ def _check_alike(first: ControlConfig, other: ControlConfig) -> None:
         raise UserError(
             f"The adapters were trained for different base models ({names}): merge adapters of one base model."
         )
-    if other.encoder.input != first.encoder.input:
+    inputs = [_encoder_settings(control).input for control in (first, other)]
+    if inputs[0] != inputs[1]:
         raise UserError(
-            f"The adapters' condition encoders read different things ({first.encoder.input} and "
-            f"{other.encoder.input}): load them together instead."
+            f"The adapters' condition encoders read different things ({inputs[0]} and {inputs[1]}): load them "
+            "together instead."
         )
+
+
+def _encoder_settings(control: ControlConfig) -> EncoderConfig:
+    if control.encoder is None:
+        raise UserError(
+            "Adapters of the tokens route cannot be merged into one, because each looks at its condition for "
+            "itself: load them together instead."
+        )
+    return control.encoder

@@ -81,9 +81,9 @@ def test_it_equals_the_controller(flux: FluxPipeline, pipe: FluxLoCOControlPipel
 def test_every_argument_of_the_stock_pipeline_is_there() -> None:
     stock = inspect.signature(FluxPipeline.__call__).parameters
     ours = inspect.signature(FluxLoCOControlPipeline.__call__).parameters
-    assert set(ours) == {*stock, "control", "control_strength"}
-    different = {name for name in stock if ours[name].default != stock[name].default}
-    assert different == {"max_sequence_length", "callback_on_step_end_tensor_inputs"}
+    own = {"control", "control_strength", "control_start", "control_end"}
+    assert set(ours) == {*stock, *own}
+    assert all(ours[name] == stock[name] for name in stock)
 
 
 def test_size_follows_the_map_and_the_map_the_size(pipe: FluxLoCOControlPipeline) -> None:

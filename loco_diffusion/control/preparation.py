@@ -1,0 +1,199 @@
+"""From the maps of a user to conditions that a denoiser can meet; what was made is kept for the next time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from loco_diffusion.control import layers
+from loco_diffusion.control.adapter import Adapter
+from loco_diffusion.control.attention import Memory, Recall, SelfAttentions
+from loco_diffusion.control.conditioning import recomputing
+from loco_diffusion.control.encoder import ConditionEncoder, EncoderInput
+from loco_diffusion.control.family import Family, Pipeline
+from loco_diffusion.control.features import Features
+from loco_diffusion.control.map_tokens import MapTokens, map_tokens
+from loco_diffusion.control.maps import ConditionMap, map_tensor, resize_map
+from loco_diffusion.errors import UserError
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """Where the keys and values of conditions are kept between denoiser calls.
+
+    Attributes:
+        device: None for the denoiser's; "cpu" saves its memory and costs a transfer for each layer and step.
+        dtype: None for the denoiser's.
+    """
+
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
+
+
+DEFAULT_CACHE = CacheSettings()
+
+
+class Preparation:
+    """Makes the conditions of one controller.
+
+    The tokens of each adapter's last map, and on the tokens route its keys and values, are kept and used again
+    for the same map; keys and values as long as no weight and no other adapter of the denoiser changes. Changes
+    written into ``parameter.data`` leave no trace: call :meth:`clear` after them.
+    """
+
+    def __init__(self, family: Family, pipe: Pipeline, denoiser: nn.Module, settings: CacheSettings) -> None:
+        self._family = family
+        self._pipe = pipe
+        self._denoiser = denoiser
+        self._settings = settings
+        self._maps: dict[str, tuple[Tensor, MapTokens]] = {}
+        self._memories: dict[str, tuple[Any, Tensor, Memory]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the keys and values that are kept."""
+        return sum(memory.nbytes for _, _, memory in self._memories.values())
+
+    def clear(self) -> None:
+        """Forget what was kept."""
+        self._maps.clear()
+        self._memories.clear()
+
+    def forget(self, name: str) -> None:
+        """Forget what was kept of one adapter."""
+        self._maps.pop(name, None)
+        self._memories.pop(name, None)
+
+    def token_width(self, input: EncoderInput) -> int:
+        """Channels of a map's token."""
+        if input == "pixels":
+            return 3 * self._family.token_pixels(self._pipe) ** 2
+        return self._family.token_channels(self._denoiser)
+
+    def usable(self, name: str, adapter: Adapter, given: ConditionMap | MapTokens) -> Tensor | MapTokens:
+        """A map as a tensor, or as tokens, of the right kind for an adapter.
+
+        Raises:
+            UserError: it is not.
+        """
+        info = adapter.info
+        if not isinstance(given, MapTokens):
+            multiple = self._family.token_pixels(self._pipe) * (info.tokens.stride if info.tokens else 1)
+            return map_tensor(given, name, multiple)
+        wanted = info.encoder.input if info.encoder else "latents"
+        if given.input != wanted:
+            raise UserError(f"The tokens for {name!r} are of {given.input}, but its encoder reads {wanted}.")
+        width = self.token_width(wanted)
+        if given.tokens.shape[-1] != width:
+            raise UserError(
+                f"The tokens for {name!r} are {given.tokens.shape[-1]} wide, but its encoder reads {width}; make "
+                "them with map_tokens for this pipeline."
+            )
+        return given
+
+    def features(
+        self,
+        name: str,
+        encoder: ConditionEncoder,
+        given: Tensor | MapTokens,
+        strength: float,
+        keep: Tensor | None,
+    ) -> Features:
+        """A condition of the encoder route.
+
+        Args:
+            name: of the adapter.
+            encoder: its encoder; it is moved to where the pipeline computes.
+            given: from `usable`.
+            strength: a factor on the features.
+            keep: (B,) bool, or None for all.
+        """
+        tokens = self._tokens(name, given, encoder.config.input)
+        device = self._pipe._execution_device
+        with torch.inference_mode(False):  # parameters moved in inference mode could never be trained
+            encoder.to(device)
+        source = tokens.as_map() if self._family.spatial else tokens.tokens
+        features = strength * encoder(source.to(device))
+        if keep is not None:
+            features = features * keep.to(device).view(-1, *[1] * (features.ndim - 1))
+        return Features(features, tokens.grid)
+
+    def recall(
+        self,
+        name: str,
+        adapter: Adapter,
+        attentions: SelfAttentions,
+        given: Tensor | MapTokens,
+        strength: float,
+        keep: Tensor | None,
+    ) -> Recall:
+        """A condition of the tokens route; arguments as for `features`."""
+        settings = adapter.info.tokens
+        assert settings is not None
+        if isinstance(given, Tensor) and settings.stride > 1:
+            sides = (side // settings.stride for side in given.shape[-2:])
+            given = resize_map(given, adapter.info.condition, *sides)
+        tokens = self._tokens(name, given, "latents")
+        stamp = (tokens.grid, settings, self._stamp())
+        kept = self._memories.get(name)
+        if kept is None or kept[0] != stamp or not torch.equal(kept[1], tokens.tokens):
+            memory = self._condition_pass(name, attentions, tokens, settings.stride)
+            memory = memory.to(self._settings.device, self._settings.dtype)
+            self._memories.pop(name, None)
+            if memory.reusable:
+                self._memories[name] = stamp, tokens.tokens, memory
+        else:
+            memory = kept[2]
+        return Recall(memory, _bias(strength, keep))
+
+    def _tokens(self, name: str, given: Tensor | MapTokens, input: EncoderInput) -> MapTokens:
+        if isinstance(given, MapTokens):
+            return given
+        kept = self._maps.get(name)
+        if kept is not None and kept[1].input == input and torch.equal(kept[0], given):
+            return kept[1]
+        tokens = map_tokens(self._family, self._pipe, given, input)
+        if not tokens.tokens.is_inference():
+            self._maps[name] = given, tokens
+        return tokens
+
+    def _condition_pass(
+        self, name: str, attentions: SelfAttentions, tokens: MapTokens, stride: int
+    ) -> Memory:
+        """The stock forward of the condition alone, at time 0, with the adapter on."""
+        device = self._pipe._execution_device
+        latents = self._family.unpack(tokens.tokens, *tokens.grid).to(device)
+        text = self._family.condition_text(self._pipe)
+        memory = Memory()
+        own = math.prod(tokens.grid) if self._family.text_in_condition else 0
+        with (
+            layers.activated(self._denoiser, {name: 1.0}),
+            attentions.remembering(memory, own),
+            recomputing(self._denoiser, attentions),
+        ):
+            time = torch.zeros(len(latents), device=device)
+            self._family.predict(self._denoiser, latents, time, text, stride=stride)
+        return memory
+
+    def _stamp(self) -> tuple[Any, ...]:
+        """Changes when a weight of the denoiser changes, or what is switched on in it."""
+        weights = [t for t in self._denoiser.parameters() if not t.is_inference()]
+        switches = [
+            (*layer.active_adapters, *getattr(layer, "scaling", {}).items())
+            for layer in self._denoiser.modules()
+            if isinstance(layer, BaseTunerLayer)
+        ]
+        return tuple((t._version, t.data_ptr(), t.dtype) for t in weights), tuple(switches)
+
+
+def _bias(strength: float, keep: Tensor | None) -> Tensor | None:
+    """The bias of a condition's keys: log(strength), -inf where a row's condition is dropped."""
+    if strength == 1 and keep is None:
+        return None
+    bias = torch.tensor([math.log(strength)])
+    return bias if keep is None else torch.where(keep.cpu(), bias, -torch.inf)
