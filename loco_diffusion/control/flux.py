@@ -9,31 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from loco_diffusion.control.family import Pipeline, spread_positions, stack_rows, unwrapped
+from loco_diffusion.control.latents import LatentFamily
 
 MAX_TEXT_LENGTH = 512  # the stock pipeline's limit
-_PATCH = 2  # latent pixels along the side of a token
-_BASE_NUMBERS = (
-    "in_channels",
-    "num_layers",
-    "num_single_layers",
-    "num_attention_heads",
-    "attention_head_dim",
-    "joint_attention_dim",
-    "pooled_projection_dim",
-)
 
 
-class FluxFamily:
+class FluxFamily(LatentFamily):
     """The Family of FLUX.1 models; see there for shapes and ranges."""
 
-    spatial = False
-    flow = True
-    linear_attention = False
-    text_in_condition = False
-
-    def denoiser(self, pipe: Pipeline) -> nn.Module:
-        model: nn.Module = unwrapped(pipe.transformer)
-        return model
+    numbers = (  # not guidance_embeds: an adapter trained on FLUX.1-dev also works on FLUX.1-schnell
+        "in_channels",
+        "num_layers",
+        "num_single_layers",
+        "num_attention_heads",
+        "attention_head_dim",
+        "joint_attention_dim",
+        "pooled_projection_dim",
+    )
 
     def input_layer(self, denoiser: nn.Module) -> nn.Module:
         layer = denoiser.x_embedder
@@ -47,20 +39,8 @@ class FluxFamily:
     def guidance_copies(self, pipe: Pipeline) -> int:
         return 1  # the two halves are calls of their own
 
-    def hidden_size(self, denoiser: nn.Module) -> int:
-        config = unwrapped(denoiser).config
-        return config.num_attention_heads * config.attention_head_dim
-
     def token_channels(self, denoiser: nn.Module) -> int:
-        return unwrapped(denoiser).config.in_channels
-
-    def token_pixels(self, pipe: Pipeline) -> int:
-        return pipe.vae_scale_factor * _PATCH
-
-    def base_numbers(self, pipe: Pipeline) -> dict[str, int]:
-        # Not guidance_embeds: an adapter trained on FLUX.1-dev also works on FLUX.1-schnell.
-        config = unwrapped(pipe.transformer).config
-        return {name: config[name] for name in _BASE_NUMBERS} | {"token_pixels": self.token_pixels(pipe)}
+        return unwrapped(denoiser).config.in_channels  # the model takes packed tokens
 
     def grid(self, arguments: Mapping[str, Any]) -> tuple[int, int] | None:
         ids = arguments.get("img_ids")
@@ -68,20 +48,6 @@ class FluxFamily:
             return None
         _, rows, columns = (ids.reshape(-1, 3).amax(0) + 1).tolist()
         return int(rows), int(columns)
-
-    def pack(self, latents: Tensor) -> Tensor:
-        return nn.functional.pixel_unshuffle(latents, _PATCH).flatten(2).mT
-
-    def unpack(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
-        return nn.functional.pixel_shuffle(tokens.mT.unflatten(2, (rows, columns)), _PATCH)
-
-    @torch.no_grad()
-    def encode_pictures(self, pipe: Pipeline, pictures: Tensor) -> Tensor:
-        vae = pipe.vae
-        # The pipeline's device and not the VAE's, which with offloading is elsewhere until it is called.
-        scaled = (pictures * 2 - 1).to(pipe._execution_device, vae.dtype)
-        latents = vae.encode(scaled).latent_dist.mode().float()
-        return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
     def text_length(self, pipe: Pipeline) -> int:
         """The T5 tokenizer's limit; 512 where it has none or a greater one."""
@@ -120,7 +86,7 @@ class FluxFamily:
     ) -> Tensor:
         model = unwrapped(denoiser)
         batch = len(latents)
-        rows, columns = (side // _PATCH for side in latents.shape[-2:])
+        rows, columns = (side // self.patch for side in latents.shape[-2:])
         scale = None
         if model.config.guidance_embeds:
             scale = torch.full((batch,), 1.0 if guidance is None else guidance, device=latents.device)

@@ -1,0 +1,73 @@
+"""What most families have in common: latents of an AutoencoderKL, cut into square tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from loco_diffusion.control.family import Pipeline, unwrapped
+
+
+class LatentFamily:
+    """The part of a Family that most share; see there for shapes and ranges. What differs is overridden.
+
+    Attributes:
+        component: the pipeline's name of the denoiser.
+        numbers: entries of the denoiser's config that an adapter's weights depend on.
+        patch: latents along the side of a token.
+    """
+
+    spatial = False
+    flow = True
+    linear_attention = False
+    text_in_condition = False
+    component: ClassVar[str] = "transformer"
+    numbers: ClassVar[tuple[str, ...]] = ()
+    patch: ClassVar[int] = 2
+
+    def denoiser(self, pipe: Pipeline) -> nn.Module:
+        model: nn.Module = unwrapped(getattr(pipe, self.component))
+        return model
+
+    def guidance_copies(self, pipe: Pipeline) -> int:
+        return 2 if getattr(pipe, "do_classifier_free_guidance", False) else 1
+
+    def hidden_size(self, denoiser: nn.Module) -> int:
+        config = unwrapped(denoiser).config
+        return config.num_attention_heads * config.attention_head_dim
+
+    def token_channels(self, denoiser: nn.Module) -> int:
+        return unwrapped(denoiser).config.in_channels * self.patch**2
+
+    def token_pixels(self, pipe: Pipeline) -> int:
+        return pipe.vae_scale_factor * self.patch
+
+    def base_numbers(self, pipe: Pipeline) -> dict[str, int]:
+        config = unwrapped(getattr(pipe, self.component)).config
+        return {name: config[name] for name in self.numbers} | {"token_pixels": self.token_pixels(pipe)}
+
+    def grid(self, arguments: Mapping[str, Any]) -> tuple[int, int] | None:
+        latents = arguments.get("hidden_states")
+        if not isinstance(latents, Tensor) or latents.ndim != 4:
+            return None
+        return latents.shape[2] // self.patch, latents.shape[3] // self.patch
+
+    def pack(self, latents: Tensor) -> Tensor:
+        return nn.functional.pixel_unshuffle(latents, self.patch).flatten(2).mT
+
+    def unpack(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
+        return nn.functional.pixel_shuffle(tokens.mT.unflatten(2, (rows, columns)), self.patch)
+
+    @torch.no_grad()
+    def encode_pictures(self, pipe: Pipeline, pictures: Tensor) -> Tensor:
+        vae = pipe.vae
+        # The pipeline's device and not the VAE's, which with offloading is elsewhere until it is called.
+        scaled = (pictures * 2 - 1).to(pipe._execution_device, vae.dtype)
+        latents = vae.encode(scaled).latent_dist.mode().float()
+        return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+    def guidance_arguments(self, pipe: Pipeline, guidance: float, batch: int) -> dict[str, Any]:
+        return {"guidance_scale": guidance, "negative_prompt": [""] * batch}
