@@ -99,7 +99,7 @@ def main(
     machine = describe_machine(device, PACKAGES)
     out.mkdir(parents=True, exist_ok=True)
     for name in _known(workload, WORKLOADS):
-        rows = measure_time(name, methods, settings)
+        rows = in_new_process(measure_time, name, methods, settings)  # whose memory is free again afterwards
         results = {"workload": name, "settings": asdict(settings), "machine": machine, "rows": rows}
         path = out / f"{name}-{device}-{adapter_dtype}.json"
         _write(results, path)  # the times, should the slower part be cut off

@@ -13,8 +13,9 @@ from torch import nn
 from loco_diffusion.control import layers
 from loco_diffusion.control.adapter import ALWAYS, Window
 from loco_diffusion.control.attention import Recall, SelfAttentions
-from loco_diffusion.control.family import Pipeline
+from loco_diffusion.control.family import Family, Pipeline
 from loco_diffusion.control.features import Features, FeatureSum
+from loco_diffusion.control.joint import JointCondition
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,15 @@ class Condition:
     Attributes:
         features: of the encoder route, or None.
         recall: of the tokens route, or None.
+        joint: of the tokens route where the condition's tokens see the picture, or None.
         turning: the strength at which its adapter is on while denoising; None where it is off, or fused.
         window: when it acts.
     """
 
-    features: Features | None
-    recall: Recall | None
-    turning: float | None
+    features: Features | None = None
+    recall: Recall | None = None
+    joint: JointCondition | None = None
+    turning: float | None = None
     window: Window = ALWAYS
 
     def acts(self, share: float) -> bool:
@@ -42,30 +45,31 @@ class Conditioning:
     """Conditions in a denoiser, switched on and off as the schedule goes.
 
     Args:
-        denoiser: the model.
-        attentions: its self-attentions, where a condition is of the tokens route.
+        family: of the pipeline.
+        pipe: the pipeline.
+        denoiser: its denoiser.
+        attentions: the self-attentions of it, where an adapter is of the tokens route.
         conditions: by name, in the order in which adapters apply.
-        token_pixels, copies: see `FeatureSum`.
     """
 
     def __init__(
         self,
+        family: Family,
+        pipe: Pipeline,
         denoiser: nn.Module,
         attentions: SelfAttentions | None,
         conditions: Mapping[str, Condition],
-        token_pixels: int,
-        copies: Callable[[], int],
     ) -> None:
         self.features: FeatureSum | None = None
+        self._family = family
+        self._pipe = pipe
         self._denoiser = denoiser
         self._attentions = attentions
         self._conditions = conditions
-        self._token_pixels = token_pixels
-        self._copies = copies
         self._switched = ExitStack()
 
     @contextmanager
-    def applied(self, pipe: Pipeline) -> Iterator[None]:
+    def applied(self) -> Iterator[None]:
         """In the block the conditions act, from the first step on."""
         with ExitStack() as stack:
             stack.callback(self._off)
@@ -73,7 +77,7 @@ class Conditioning:
             if self._attentions is not None:
                 stack.enter_context(recomputing(self._denoiser, self._attentions))
             if any(condition.window != ALWAYS for condition in self._conditions.values()):
-                stack.enter_context(after_each_step(pipe.scheduler, self._on))
+                stack.enter_context(after_each_step(self._pipe.scheduler, self._on))
             yield
 
     def _on(self, share: float) -> None:
@@ -81,12 +85,31 @@ class Conditioning:
         self._off()
         features = {name: c.features for name, c in acting.items() if c.features is not None}
         if features:
-            self.features = FeatureSum(features, self._token_pixels, self._copies)
+            self.features = FeatureSum(features, self._family.token_pixels(self._pipe), self._copies)
         strengths = {name: c.turning for name, c in acting.items() if c.turning is not None}
         recalls = [c.recall for c in acting.values() if c.recall is not None]
         if self._attentions is not None:
             self._switched.enter_context(self._attentions.recalling(recalls))
+        joint = [c.joint for c in acting.values() if c.joint is not None]
+        if joint:
+            self._switched.enter_context(self._with_joint(joint))
         self._switched.enter_context(layers.activated(self._denoiser, strengths))
+
+    @contextmanager
+    def _with_joint(self, conditions: list[JointCondition]) -> Iterator[None]:
+        before = vars(self._denoiser).get("forward")  # offloading sets one, too
+        self._denoiser.forward = self._family.joint_forward(  # type: ignore[method-assign]
+            self._denoiser, conditions, self._copies
+        )
+        try:
+            yield
+        finally:
+            del self._denoiser.forward
+            if before is not None:
+                self._denoiser.forward = before
+
+    def _copies(self) -> int:
+        return self._family.guidance_copies(self._pipe)
 
     def _off(self) -> None:
         self._switched.close()

@@ -330,15 +330,10 @@ class Controller:
             conditions = {
                 name: self._condition(name, maps[name], strengths[name], windows[name], keep) for name in maps
             }
-            conditioning = Conditioning(
-                self._denoiser,
-                self._attentions,
-                conditions,
-                self.family.token_pixels(self._pipe),
-                self._copies,
+            self._conditioning = Conditioning(
+                self.family, self._pipe, self._denoiser, self._attentions, conditions
             )
-            self._conditioning = conditioning
-            with conditioning.applied(self._pipe):
+            with self._conditioning.applied():
                 yield
         finally:
             self._conditioning = None
@@ -348,13 +343,17 @@ class Controller:
         self, name: str, given: Tensor | MapTokens, strength: float, window: Window, keep: Tensor | None
     ) -> Condition:
         adapter, prepare = self._adapters[name], self._preparation
-        if adapter.encoder is None:
+        if adapter.info.tokens is not None:
             assert self._attentions is not None
+            if adapter.info.tokens.joint:
+                return Condition(joint=prepare.joint(name, adapter, given, strength, keep), window=window)
             recall = prepare.recall(name, adapter, self._attentions, given, strength, keep)
-            return Condition(None, recall, None, window)
+            return Condition(recall=recall, window=window)
+        assert adapter.encoder is not None
         # Here and not in the denoiser's call: with offloading, calling the VAE sends the denoiser away.
         features = prepare.features(name, adapter.encoder, given, strength, keep)
-        return Condition(features, None, None if adapter.fused is not None else strength, window)
+        turning = None if adapter.fused is not None else strength
+        return Condition(features, turning=turning, window=window)
 
     @property
     def cache_nbytes(self) -> int:
@@ -406,6 +405,8 @@ class Controller:
         encoder_weights: Mapping[str, Tensor] | None,
     ) -> None:
         self._check_idle()
+        if info.tokens and info.tokens.joint:
+            self.family.joint_forward(self._denoiser, [], self._copies)  # refuses where there is none
         encoder = self._new_encoder(info.encoder) if info.encoder else None
         if encoder and encoder_weights is not None:
             encoder.load_state_dict(encoder_weights)

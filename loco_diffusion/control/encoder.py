@@ -46,12 +46,15 @@ class TokensConfig:
     Attributes:
         stride: tokens of the picture, along each side, that one token of the condition stands for; 2 makes the
             condition four times as cheap.
+        joint: whether the condition's tokens see the picture and are computed anew in each step, as in
+            OminiControl; FLUX.1 only.
 
     Raises:
         UserError: a value is out of its range.
     """
 
     stride: int = 1
+    joint: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.stride, bool) or not isinstance(self.stride, int) or self.stride < 1:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from loco_diffusion.control.joint import JointCondition
 from loco_diffusion.errors import UserError
 
 Pipeline: TypeAlias = Any
@@ -109,6 +110,20 @@ class Family(Protocol):
             guidance: embedded guidance scale, for guidance-distilled models (None: 1); others ignore it.
             stride: how many tokens of the picture a token stands for along each side; positions are spread
                 accordingly, each to the middle of those tokens.
+        """
+
+    def joint_forward(
+        self, denoiser: nn.Module, conditions: Sequence[JointCondition], copies: Callable[[], int]
+    ) -> Callable[..., Any]:
+        """A forward in place of the denoiser's own, in which conditions see the picture.
+
+        Args:
+            denoiser: the model.
+            conditions: at least one.
+            copies: see `rows.spread`.
+
+        Raises:
+            UserError: the family has none.
         """
 
 

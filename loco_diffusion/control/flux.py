@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loco_diffusion.control.family import Pipeline, spread_positions, stack_rows, unwrapped
+from loco_diffusion.control.family import Pipeline, stack_rows, unwrapped
+from loco_diffusion.control.flux_joint import JointFlux
+from loco_diffusion.control.flux_positions import image_ids
+from loco_diffusion.control.joint import JointCondition
 from loco_diffusion.control.latents import LatentFamily
 
 MAX_TEXT_LENGTH = 512  # the stock pipeline's limit
@@ -75,6 +78,11 @@ class FluxFamily(LatentFamily):
             return {"guidance_scale": guidance}
         return {"true_cfg_scale": guidance, "negative_prompt": [""] * batch}
 
+    def joint_forward(
+        self, denoiser: nn.Module, conditions: Sequence[JointCondition], copies: Callable[[], int]
+    ) -> Callable[..., Any]:
+        return JointFlux(denoiser, conditions, copies).forward
+
     def predict(
         self,
         denoiser: nn.Module,
@@ -98,16 +106,7 @@ class FluxFamily(LatentFamily):
             pooled_projections=embeds["pooled_prompt_embeds"].to(model.dtype),
             encoder_hidden_states=embeds["prompt_embeds"].to(model.dtype),
             txt_ids=text["text_ids"],
-            img_ids=_image_ids(rows, columns, text["text_ids"], stride),
+            img_ids=image_ids(rows, columns, text["text_ids"], stride),
             return_dict=False,
         )[0]
         return self.unpack(velocity, rows, columns)
-
-
-def _image_ids(rows: int, columns: int, like: Tensor, stride: int) -> Tensor:
-    """Positions (tokens, 3) of image tokens, row by row: 0, row, column."""
-    axes = (
-        torch.zeros(1, device=like.device),
-        *(spread_positions(side, stride, like.device) for side in (rows, columns)),
-    )
-    return torch.cartesian_prod(*axes).to(like.dtype)

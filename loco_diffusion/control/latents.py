@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from loco_diffusion.control.family import Pipeline, unwrapped
+from loco_diffusion.control.joint import JointCondition
+from loco_diffusion.errors import UserError
 
 
 class LatentFamily:
@@ -71,3 +73,10 @@ class LatentFamily:
 
     def guidance_arguments(self, pipe: Pipeline, guidance: float, batch: int) -> dict[str, Any]:
         return {"guidance_scale": guidance, "negative_prompt": [""] * batch}
+
+    def joint_forward(
+        self, denoiser: nn.Module, conditions: Sequence[JointCondition], copies: Callable[[], int]
+    ) -> Callable[..., Any]:
+        raise UserError(
+            f"{type(denoiser).__name__} has no joint conditions, only FLUX.1 has; use TokensConfig(joint=False)."
+        )

@@ -17,6 +17,7 @@ from loco_diffusion.control.conditioning import recomputing
 from loco_diffusion.control.encoder import ConditionEncoder, EncoderInput
 from loco_diffusion.control.family import Family, Pipeline
 from loco_diffusion.control.features import Features
+from loco_diffusion.control.joint import JointCondition
 from loco_diffusion.control.map_tokens import MapTokens, map_tokens
 from loco_diffusion.control.maps import ConditionMap, map_tensor, resize_map
 from loco_diffusion.errors import UserError
@@ -133,16 +134,11 @@ class Preparation:
         keep: Tensor | None,
     ) -> Recall:
         """A condition of the tokens route; arguments as for `features`."""
-        settings = adapter.info.tokens
-        assert settings is not None
-        if isinstance(given, Tensor) and settings.stride > 1:
-            sides = (side // settings.stride for side in given.shape[-2:])
-            given = resize_map(given, adapter.info.condition, *sides)
-        tokens = self._tokens(name, given, "latents")
-        stamp = (tokens.grid, settings, self._stamp())
+        tokens, stride = self._condition_tokens(name, adapter, given)
+        stamp = (tokens.grid, stride, self._stamp())
         kept = self._memories.get(name)
         if kept is None or kept[0] != stamp or not torch.equal(kept[1], tokens.tokens):
-            memory = self._condition_pass(name, attentions, tokens, settings.stride)
+            memory = self._condition_pass(name, attentions, tokens, stride)
             memory = memory.to(self._settings.device, self._settings.dtype)
             self._memories.pop(name, None)
             if memory.reusable:
@@ -150,6 +146,23 @@ class Preparation:
         else:
             memory = kept[2]
         return Recall(memory, _bias(strength, keep))
+
+    def joint(
+        self, name: str, adapter: Adapter, given: Tensor | MapTokens, strength: float, keep: Tensor | None
+    ) -> JointCondition:
+        """A condition of the tokens route that sees the picture; arguments as for `features`."""
+        tokens, stride = self._condition_tokens(name, adapter, given)
+        return JointCondition(name, tokens.tokens, tokens.grid, stride, _bias(strength, keep))
+
+    def _condition_tokens(
+        self, name: str, adapter: Adapter, given: Tensor | MapTokens
+    ) -> tuple[MapTokens, int]:
+        """The tokens of the tokens route, and their stride."""
+        assert adapter.info.tokens is not None
+        stride = adapter.info.tokens.stride
+        if isinstance(given, Tensor) and stride > 1:
+            given = resize_map(given, adapter.info.condition, *(side // stride for side in given.shape[-2:]))
+        return self._tokens(name, given, "latents"), stride
 
     def _tokens(self, name: str, given: Tensor | MapTokens, input: EncoderInput) -> MapTokens:
         if isinstance(given, MapTokens):
