@@ -1,0 +1,287 @@
+"""What control costs: time and memory of a FLUX.1 that follows pictures, beside one that does not.
+
+    python benchmarks/control_cost.py
+    python benchmarks/control_cost.py --device cuda --layers 19
+    python benchmarks/control_cost.py --width 256 --tokens 64 --text-tokens 16 --repeats 2    # a trial
+
+Random bfloat16 weights of FLUX.1's width, with as many single blocks as two for each double block; LoCO adapters
+of the attention (r 4, 4 rotations). Measured are
+
+- once: what is computed once for a picture, before the first step,
+- step: one call of the denoiser without gradients,
+- image: once + 28 steps,
+- peak memory: of both, over what the process had before it built the model, each way in its own process.
+
+ControlNet is diffusers' FluxControlNetModel with 5 double and 10 single blocks for FLUX.1's 19 and 38, as the
+published ones have; with fewer layers its own time is scaled to that share. FluxControl concatenates the condition's
+channels to the picture's. All ways run in turn within each repetition; ratios are medians over the repetitions.
+Writes MODEL-DEVICE.json and .md into the folder control_cost.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from memory import in_new_process, peak_over
+from timing import milliseconds, paired_ratio
+from torch import Tensor, nn
+
+from loco_diffusion import Controller, LoCOConfig
+from loco_diffusion.console import quiet_libraries
+from loco_diffusion.control import EncoderConfig, MapTokens, TokensConfig
+from loco_diffusion.control.flux_positions import image_ids
+from loco_diffusion.machine import describe_machine
+
+PACKAGES = ("torch", "peft", "diffusers")
+RESULTS = Path(__file__).parent / "results" / "control_cost"
+STEPS = 28
+CONTROLNET_SHARE = 5 / 19
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The size of the measurement."""
+
+    model: str
+    width: int
+    tokens: int
+    text_tokens: int
+    layers: int
+    repeats: int
+    device: str
+
+
+class Way(NamedTuple):
+    """A way to draw.
+
+    Attributes:
+        step: a call of the denoiser.
+        enter: gives the context that steps run in; what entering it computes is computed once a picture.
+        extra: runs in each step as well.
+        share: of extra's time, that counts.
+    """
+
+    step: Callable[[], object]
+    enter: Callable[[], AbstractContextManager[Any]] = nullcontext
+    extra: Callable[[], object] | None = None
+    share: float = 1.0
+
+
+def main(
+    model: Annotated[str, typer.Option(help="flux.")] = "flux",
+    width: Annotated[int, typer.Option(help="Of FLUX.1; a multiple of 128.")] = 3072,
+    tokens: Annotated[
+        int, typer.Option(help="Image tokens, and as many of each condition; a square.")
+    ] = 1024,
+    text_tokens: Annotated[int, typer.Option(help="Text tokens.")] = 512,
+    layers: Annotated[int, typer.Option(help="Double blocks; FLUX.1 has 19.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Repetitions; medians count.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = RESULTS,
+) -> None:
+    """Measure the ways to control and write the numbers and a table."""
+    if model not in WAYS:
+        raise typer.BadParameter(f"--model is one of {', '.join(WAYS)}, not {model}.")
+    settings = Settings(model, width, tokens, text_tokens, layers, repeats, device)
+    quiet_libraries()
+    machine = describe_machine(device, PACKAGES)
+    rows = in_new_process(measure, settings)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{model}-{device}.json"
+    results = {"settings": asdict(settings), "machine": machine, "rows": rows}
+    _write(results, path)
+    for row in rows:
+        typer.echo(f"memory: {row['way']}")
+        row["peak_bytes"] = in_new_process(peak_of, row["way"], settings)
+        _write(results, path)
+    typer.echo(f"Wrote {path} and {path.with_suffix('.md')}.")
+
+
+def _write(results: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.with_suffix(".md").write_text(to_markdown(results))
+
+
+@torch.no_grad()
+def measure(settings: Settings) -> list[dict[str, Any]]:
+    """A row for each way."""
+    ways = {name: build() for name, build in WAYS[settings.model](settings).items()}
+    samples: dict[str, dict[str, list[float]]] = {
+        name: {"once": [], "step": [], "image": []} for name in ways
+    }
+    for repetition in range(settings.repeats + 1):  # the first one warms up
+        typer.echo(f"repetition {repetition} of {settings.repeats}")
+        for name, way in ways.items():
+            once, step = _time(way, settings.device)
+            if repetition:
+                for key, value in (("once", once), ("step", step), ("image", once + STEPS * step)):
+                    samples[name][key].append(value)
+    reference = samples[BARE]["image"]
+    return [
+        {
+            "way": name,
+            **{f"{key}_ms": median(values) for key, values in times.items()},
+            "ratio": paired_ratio(times["image"], reference),
+            "samples_ms": times,
+        }
+        for name, times in samples.items()
+    ]
+
+
+def _time(way: Way, device: str) -> tuple[float, float]:
+    """Milliseconds of what is computed once, and of a step."""
+    with ExitStack() as stack:
+        once = milliseconds(lambda: stack.enter_context(way.enter()), device)
+        step = milliseconds(way.step, device)
+        if way.extra is not None:
+            step += way.share * milliseconds(way.extra, device)
+    return once, step
+
+
+@torch.no_grad()
+def peak_of(name: str, settings: Settings) -> int:
+    """The bytes that a model, what is computed once, and a step take at most."""
+    quiet_libraries()
+    with peak_over(settings.device) as peak:
+        way = WAYS[settings.model](settings)[name]()
+        peak.restart()
+        for _ in range(2):
+            with way.enter():
+                way.step()
+                if way.extra is not None:
+                    way.extra()
+    return peak.bytes
+
+
+BARE = "no control"
+
+
+def flux_ways(settings: Settings) -> dict[str, Callable[[], Way]]:
+    """The ways to control FLUX.1."""
+    make = partial(_random, device=settings.device)
+    side = round(settings.tokens**0.5)
+    inputs = {
+        "hidden_states": make(1, settings.tokens, 64),
+        "encoder_hidden_states": make(1, settings.text_tokens, 4096),
+        "pooled_projections": make(1, 768),
+        "timestep": torch.tensor([0.5], device=settings.device, dtype=torch.bfloat16),
+        "guidance": torch.tensor([3.5], device=settings.device, dtype=torch.bfloat16),
+        "img_ids": image_ids(side, side, torch.zeros((), device=settings.device), 1),
+        "txt_ids": torch.zeros(settings.text_tokens, 3, device=settings.device),
+        "return_dict": False,
+    }
+    condition = MapTokens(make(1, settings.tokens, 64).float(), (side, side), "latents")
+    build = partial(_frozen, settings=settings)
+    base = cache(lambda: build(FluxTransformer2DModel))
+
+    def controlled(count: int = 1, strength: float = 1.0, merged: bool = False, **route: Any) -> Way:
+        transformer = copy.deepcopy(base()) if merged else _sharing(base())
+        pipe = FluxPipeline(FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, transformer)
+        controller = Controller(pipe)
+        names = [f"condition{number}" for number in range(count)]
+        for name in names:
+            controller.add_adapter(name, LoCOConfig(r=4, num_rotations=4), **route)
+        if merged:
+            controller.fuse(names[0])
+
+        def enter() -> AbstractContextManager[None]:
+            controller.clear_cache()  # as for a new picture
+            return controller(dict.fromkeys(names, condition), strength=strength)
+
+        return Way(partial(transformer, **inputs), enter)
+
+    def control_net() -> Way:
+        network = build(FluxControlNetModel)
+        extra = partial(network, controlnet_cond=inputs["hidden_states"], **inputs)
+        return Way(partial(base(), **inputs), extra=extra, share=CONTROLNET_SHARE)
+
+    def concatenated() -> Way:
+        both = {**inputs, "hidden_states": torch.cat([inputs["hidden_states"]] * 2, dim=2)}
+        return Way(partial(build(FluxTransformer2DModel, in_channels=128, out_channels=64), **both))
+
+    encoder, tokens = EncoderConfig(input="latents"), TokensConfig()
+    return {
+        BARE: lambda: Way(partial(base(), **inputs)),
+        "encoder route": partial(controlled, encoder=encoder),
+        "encoder route, merged": partial(controlled, encoder=encoder, merged=True),
+        "tokens route, 1 condition": partial(controlled, tokens=tokens),
+        "tokens route, 1 condition at strength 0.5": partial(controlled, tokens=tokens, strength=0.5),
+        "tokens route, 2 conditions": partial(controlled, 2, tokens=tokens),
+        "tokens route, 3 conditions": partial(controlled, 3, tokens=tokens),
+        "tokens route, joint": partial(controlled, tokens=TokensConfig(joint=True)),
+        "ControlNet": control_net,
+        "FluxControl (channels)": concatenated,
+    }
+
+
+WAYS = {"flux": flux_ways}
+
+
+def _frozen(kind: type, settings: Settings, **config: int) -> nn.Module:
+    """A FLUX-like model of random weights."""
+    with torch.device(settings.device):
+        model: nn.Module = kind(
+            num_attention_heads=settings.width // 128,
+            guidance_embeds=True,
+            num_layers=settings.layers,
+            num_single_layers=2 * settings.layers,
+            **config,
+        )
+    return model.to(torch.bfloat16).requires_grad_(False).eval()
+
+
+def _sharing(base: nn.Module) -> nn.Module:
+    """A copy with the same weights."""
+    return copy.deepcopy(base, memo={id(p): p for p in base.parameters()})
+
+
+def _random(*shape: int, device: str) -> Tensor:
+    return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+
+def to_markdown(results: dict[str, Any]) -> str:
+    """The results as a table."""
+    settings, machine = results["settings"], results["machine"]
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    lines = [
+        f"# What control costs: {settings['model']}",
+        "",
+        f"Width {settings['width']}, {settings['text_tokens']} text, {settings['tokens']} image and as many condition "
+        f"tokens, {settings['layers']} double and {2 * settings['layers']} single blocks; medians of "
+        f"{settings['repeats']} repetitions.",
+        "",
+        f"{machine['device']}; {machine['cpu']}, {machine['cpu_count']} cores, {machine['threads']} threads, "
+        f"load {machine['load']}; Python {machine['python']}, {packages}.",
+        "",
+        f"| way | once, ms | step, ms | image of {STEPS} steps, s | x no control | peak, MiB |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in results["rows"]:
+        peak = f"{row['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in row else "not measured"
+        lines.append(
+            f"| {row['way']} | {row['once_ms']:.0f} | {row['step_ms']:.0f} | {row['image_ms'] / 1000:.1f} | "
+            f"{row['ratio']:.3f} | {peak} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    typer.run(main)
