@@ -67,6 +67,7 @@ class Conditioning:
         self._attentions = attentions
         self._conditions = conditions
         self._switched = ExitStack()
+        self._acting: set[str] | None = None  # not even begun
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -82,7 +83,10 @@ class Conditioning:
 
     def _on(self, share: float) -> None:
         acting = {name: c for name, c in self._conditions.items() if c.acts(share)}
+        if acting.keys() == self._acting:
+            return
         self._off()
+        self._acting = set(acting)
         features = {name: c.features for name, c in acting.items() if c.features is not None}
         if features:
             self.features = FeatureSum(features, self._family.token_pixels(self._pipe), self._copies)
@@ -114,6 +118,7 @@ class Conditioning:
     def _off(self) -> None:
         self._switched.close()
         self.features = None
+        self._acting = None
 
 
 @contextmanager

@@ -39,6 +39,15 @@ class CacheSettings:
 DEFAULT_CACHE = CacheSettings()
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """Keys and values of a condition, and what they were made of; without a stamp they serve once."""
+
+    memory: Memory
+    tokens: Tensor
+    stamp: tuple[Any, ...] | None
+
+
 class Preparation:
     """Makes the conditions of one controller.
 
@@ -53,12 +62,12 @@ class Preparation:
         self._denoiser = denoiser
         self._settings = settings
         self._maps: dict[str, tuple[Tensor, MapTokens]] = {}
-        self._memories: dict[str, tuple[Any, Tensor, Memory]] = {}
+        self._memories: dict[str, _Kept] = {}
 
     @property
     def nbytes(self) -> int:
         """Memory of the keys and values that are kept."""
-        return sum(memory.nbytes for _, _, memory in self._memories.values())
+        return sum(kept.memory.nbytes for kept in self._memories.values())
 
     def clear(self) -> None:
         """Forget what was kept."""
@@ -135,17 +144,18 @@ class Preparation:
     ) -> Recall:
         """A condition of the tokens route; arguments as for `features`."""
         tokens, stride = self._condition_tokens(name, adapter, given)
-        stamp = (tokens.grid, stride, self._stamp())
-        kept = self._memories.get(name)
-        if kept is None or kept[0] != stamp or not torch.equal(kept[1], tokens.tokens):
+        kept = self._memories.pop(name, None)
+        if (
+            kept is None
+            or not torch.equal(kept.tokens, tokens.tokens)
+            or kept.stamp != self._stamp(tokens, stride)
+        ):
             memory = self._condition_pass(name, attentions, tokens, stride)
             memory = memory.to(self._settings.device, self._settings.dtype)
-            self._memories.pop(name, None)
-            if memory.reusable:
-                self._memories[name] = stamp, tokens.tokens, memory
-        else:
-            memory = kept[2]
-        return Recall(memory, _bias(strength, keep))
+            kept = _Kept(memory, tokens.tokens, self._stamp(tokens, stride) if memory.reusable else None)
+        if kept.stamp is not None:
+            self._memories[name] = kept
+        return Recall(kept.memory, _bias(strength, keep))
 
     def joint(
         self, name: str, adapter: Adapter, given: Tensor | MapTokens, strength: float, keep: Tensor | None
@@ -193,15 +203,16 @@ class Preparation:
             self._family.predict(self._denoiser, latents, time, text, stride=stride)
         return memory
 
-    def _stamp(self) -> tuple[Any, ...]:
-        """Changes when a weight of the denoiser changes, or what is switched on in it."""
+    def _stamp(self, tokens: MapTokens, stride: int) -> tuple[Any, ...]:
+        """Changes when a weight of the denoiser changes, or what is switched on in it, or the condition's grid."""
         weights = [t for t in self._denoiser.parameters() if not t.is_inference()]
         switches = [
             (*layer.active_adapters, *getattr(layer, "scaling", {}).items())
             for layer in self._denoiser.modules()
             if isinstance(layer, BaseTunerLayer)
         ]
-        return tuple((t._version, t.data_ptr(), t.dtype) for t in weights), tuple(switches)
+        versions = ((t._version, t.data_ptr(), t.dtype) for t in weights)
+        return tokens.grid, stride, tuple(versions), tuple(switches)
 
 
 def _bias(strength: float, keep: Tensor | None) -> Tensor | None:
