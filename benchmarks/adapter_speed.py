@@ -85,7 +85,9 @@ def main(
     workload: Annotated[
         list[str] | None, typer.Option(help=f"Only these of {', '.join(WORKLOADS)}; repeatable.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path(__file__).parent / "results" / "adapter_speed",
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path(__file__).parent
+    / "results"
+    / "adapter_speed",
 ) -> None:
     """Measure adapters and write the numbers and a table."""
     if adapter_dtype not in ("float32", "bfloat16"):
