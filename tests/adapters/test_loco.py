@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from loco_diffusion import LoCOConfig
 from loco_diffusion.adapters.calibration import fit_supports
-from loco_diffusion.adapters.loco.layer import Linear
 from loco_diffusion.errors import UserError
 
 # The configuration.
@@ -70,15 +69,6 @@ def test_config_round_trips(tmp_path: Path) -> None:
     assert written["peft_type"] == "LOCO" and written["exclude_modules"] == ["a", "b"]
     loaded = PeftConfig.from_pretrained(str(tmp_path))
     assert isinstance(loaded, LoCOConfig) and loaded == made
-
-
-@pytest.mark.parametrize(("side", "channels"), [("input", "32 inputs"), ("both", "24 outputs")])
-def test_layer_too_narrow(side: str, channels: str) -> None:
-    r = 17 if side == "input" else 13
-    with pytest.raises(
-        UserError, match=rf"but {2 * r} \(r = {r}, num_rotations = 1\) exceeds the {channels}"
-    ):
-        Linear(nn.Linear(IN, OUT), "default", LoCOConfig(r=r, num_rotations=1, side=side))
 
 
 def test_an_unknown_model_needs_target_modules() -> None:

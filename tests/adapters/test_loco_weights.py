@@ -1,4 +1,4 @@
-"""LoCO adapters made from others: weighted sums and products, hot swap."""
+"""LoCO adapters made from others: weighted sums and products."""
 
 from __future__ import annotations
 
