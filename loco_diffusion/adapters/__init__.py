@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from loco_diffusion.adapters.hotswap import hotswap_adapter
 from loco_diffusion.adapters.loca import LoCAConfig, LoCALayer, LoCAModel, LocationSchedule
-from loco_diffusion.adapters.loco import LoCOConfig, LoCOLayer, LoCOModel, hotswap_adapter
+from loco_diffusion.adapters.loco import LoCOConfig, LoCOLayer, LoCOModel
 from loco_diffusion.adapters.loft import LOFTConfig, LOFTLayer, LOFTModel
 from loco_diffusion.adapters.registry import register
 from loco_diffusion.adapters.targets import default_target_modules

@@ -24,8 +24,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     A method's subclass names its parameters, buffers and settings in ``adapter_layer_names`` (a ParameterDict
     each), ``buffer_names`` (a BufferDict each) and ``other_param_names`` (a dict each), and fills them in
-    :meth:`update_layer`, between :meth:`_forget` and :meth:`_updated`. What it does is in :meth:`_adapt`, to the
-    weight, and in :meth:`_enter` and :meth:`_leave`, to activations.
+    :meth:`update_layer`, between :meth:`_forget` and :meth:`_updated`; settings in :meth:`configure`. What it
+    does is in :meth:`_adapt`, to the weight, and in :meth:`_enter` and :meth:`_leave`, to activations.
 
     Attributes, each a dict keyed by the adapter's name:
         r, alpha: the number of what is learned, and the factor on its effect, from the config.
@@ -73,6 +73,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: Any) -> None:
         """Add the adapter ``adapter_name``, or replace it."""
+        raise NotImplementedError
+
+    def configure(self, adapter: str, config: Any) -> None:
+        """Take over the settings of a configuration that gives the parameters their present shapes."""
         raise NotImplementedError
 
     def full_scale(self, adapter: str) -> float:

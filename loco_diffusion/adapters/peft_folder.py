@@ -66,6 +66,11 @@ def find(path_or_hub_id: str | os.PathLike[str]) -> Path:
 
 
 def check_complete(folder: Path, files: Sequence[str]) -> None:
+    """Look for files that an adapter folder must have.
+
+    Raises:
+        UserError: one of them is missing.
+    """
     for file in files:
         if not (folder / file).is_file():
             raise UserError(
@@ -86,6 +91,11 @@ def read(folder: Path) -> PeftFolder:
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -96,6 +106,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def broken(file: Path, reason: Exception | str) -> UserError:
+    """What to raise where a file of an adapter cannot be used."""
     text = one_line(reason) if isinstance(reason, Exception) else reason
     return UserError(f"{file} is broken ({text}); save or download the adapter again.")
 
@@ -113,6 +124,11 @@ def _read_method(file: Path) -> PeftConfig:
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors in a safetensors file, on the CPU, by name.
+
+    Raises:
+        UserError: the file cannot be read, or a value is NaN or infinite.
+    """
     try:
         weights = load_file(file)
     except Exception as error:  # safetensors has its own exception type

@@ -14,6 +14,7 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from loco_diffusion import rotations
 from loco_diffusion.adapters.adapted import AdaptedLayer
@@ -21,6 +22,19 @@ from loco_diffusion.errors import UserError
 
 Side = Literal["input", "output"]
 SIDES: tuple[Side, ...] = ("input", "output")  # in the order in which activations meet them
+
+
+_optimizer_steps = 0  # of all optimizers in the process
+
+
+def _count_step(*_: object) -> None:
+    global _optimizer_steps
+    if not torch.compiler.is_compiling():
+        _optimizer_steps += 1
+
+
+# Fused optimizers change parameters without counting up their versions.
+register_optimizer_step_post_hook(_count_step)
 
 
 class _Factors(NamedTuple):
@@ -44,6 +58,11 @@ class RotatedLayer(AdaptedLayer):
     A method's subclass supplies, beside what :class:`AdaptedLayer` asks for, :meth:`get_chain` and, where its
     own differs, :meth:`sides`, :meth:`get_magnitude`, :meth:`needs_gradient` and :meth:`fit`. Its settings, the
     values in ``other_param_names``, compare with ``==``.
+
+    In evaluation (B, T) and D are computed once and kept until what they are made of changes. Two exceptions:
+    writes into ``parameter.data``, such as those of diffusers' ``EMAModel.copy_to``, and a compiled step of a
+    fused optimizer leave no trace, so call ``eval()`` on the model (or :meth:`clear_chains`) after them; and a
+    compiled layer computes them on every call, because a compiled graph cannot look for changes.
     """
 
     def __init__(
@@ -150,7 +169,7 @@ class RotatedLayer(AdaptedLayer):
 
     def _factors(self, adapter: str, side: Side, dtype: torch.dtype) -> _Factors:
         """An adapter's factors; in evaluation they are kept until what they are made of changes."""
-        # The tracer must not see versions and addresses.
+        # A compiled graph would take versions and addresses for constants.
         if self.training or torch.compiler.is_compiling():
             return self._make_factors(adapter, side, dtype)
         tensors = self._parameters_of(adapter)
@@ -160,6 +179,7 @@ class RotatedLayer(AdaptedLayer):
             return self._make_factors(adapter, side, dtype)
         stamp = (
             dtype,
+            _optimizer_steps,
             *(getattr(self, name).get(adapter) for name in self.other_param_names),
             *((t._version, t.data_ptr(), t.dtype, t.device) for t in tensors),
         )
@@ -186,7 +206,7 @@ class RotatedLayer(AdaptedLayer):
         return [container[adapter] for container in containers if adapter in container]
 
     def clear_chains(self) -> None:
-        """Forget the kept factors; needed only after writes into ``parameter.data``, which leave no trace."""
+        """Forget the kept factors; needed only after changes that leave no trace, see the class."""
         self._kept.clear()
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -195,9 +215,8 @@ class RotatedLayer(AdaptedLayer):
         super().delete_adapter(adapter_name)
 
     def train(self, mode: bool = True) -> RotatedLayer:
-        """As in torch; training keeps no factors."""
-        if mode:
-            self.clear_chains()
+        """As in torch; training keeps no factors, and evaluation begins with new ones."""
+        self.clear_chains()
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RotatedLayer:

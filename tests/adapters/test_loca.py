@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loco_helpers import IN, OUT, net
 from peft import get_peft_model
 from torch import Tensor, nn
 
@@ -21,32 +22,14 @@ from loco_diffusion.adapters.loca import spectrum
 from loco_diffusion.adapters.loca.layer import Conv2d, Linear
 from loco_diffusion.errors import UserError
 
-IN, OUT, TOKENS = 36, 24, 6
+TOKENS = 6
 KINDS = ("linear", "conv2d")
 SHORT, LONG = 5, spectrum.MATRIX_LENGTH + 3
-
-
-class Net(nn.Module):
-    """Two layers that the adapters sit on, and one that is left alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(IN, OUT)
-        self.second = nn.Linear(OUT, IN, bias=False)
-        self.head = nn.Linear(IN, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.second(torch.tanh(self.first(x))))
 
 
 def config(**changes: Any) -> LoCAConfig:
     chosen = {"num_coefficients": 60, "target_modules": ["first", "second"], "init_weights": False}
     return LoCAConfig(**{**chosen, **changes})
-
-
-def net() -> Net:
-    torch.manual_seed(0)
-    return Net()
 
 
 def layer(kind: str = "linear", dtype: torch.dtype = torch.float64, **changes: Any) -> LoCALayer:
@@ -276,35 +259,12 @@ def test_quantised_weights_adapt_but_do_not_merge() -> None:
         made.merge()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_autocast_and_half_precision(kind: str) -> None:
-    made = layer(kind, torch.float32).train()
-    x = example(kind, torch.float32)
-    exact = made(x)
+def test_half_precision_keeps_the_locations() -> None:
+    made = layer(dtype=torch.float32)
     locations = made.loca_l["default"].clone()
-    with torch.autocast("cpu", torch.bfloat16):
-        y = made(x)
-    assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.float(), exact, atol=0.05, rtol=0)
     made.to(torch.bfloat16)
     assert made.loca_a["default"].dtype == torch.bfloat16
     assert torch.equal(made.loca_l["default"], locations)  # bfloat16 could not tell the cells apart
-    half = made(x.bfloat16())
-    assert half.dtype == torch.bfloat16
-    torch.testing.assert_close(half.float(), exact, atol=0.05, rtol=0)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_compiles_into_one_graph(kind: str) -> None:
-    made = layer(kind, torch.float32).train()
-    made.loca_a.requires_grad_(True)
-    made.loca_l.requires_grad_(True)
-    x = example(kind, torch.float32)
-    torch._dynamo.reset()
-    y = torch.compile(made, fullgraph=True, backend="eager")(x)
-    torch.testing.assert_close(y, made(x))
-    y.sum().backward()
-    assert made.loca_a["default"].grad is not None and made.loca_l["default"].grad is not None
 
 
 # The configuration.
@@ -316,17 +276,13 @@ def test_compiles_into_one_graph(kind: str) -> None:
         ({"num_coefficients": 0}, "num_coefficients must be a whole number above 0"),
         ({"num_coefficients": 2.5}, "num_coefficients must be a whole number above 0"),
         ({"alpha": float("inf")}, "alpha must be a finite number"),
+        ({"alpha": 0}, "alpha must be a finite number other than 0"),
         ({"bias": "lora_only"}, "bias must be one of none, all, loca_only"),
     ],
 )
 def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         config(**changes)
-
-
-def test_more_coefficients_than_weights() -> None:
-    with pytest.raises(UserError, match=r"num_coefficients = 10000 .* of 864 weights"):
-        get_peft_model(net(), config(num_coefficients=10_000))
 
 
 # The schedule.
@@ -399,7 +355,7 @@ def test_get_peft_model_trains_only_the_adapter(autocast_adapter_dtype: bool) ->
 
 def test_a_location_that_is_not_finite_is_not_merged() -> None:
     torch.manual_seed(0)
-    layer = get_peft_model(Net(), config()).base_model.model.first
+    layer = get_peft_model(net(), config()).base_model.model.first
     layer.loca_l["default"].data[0, 0] = float("nan")
     with pytest.raises(UserError, match="not finite"):
         layer.merge(safe_merge=True)

@@ -1,16 +1,15 @@
-"""LoCO adapters made from others: weighted sums and products, hot swap."""
+"""LoCO adapters made from others: weighted sums and products."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from loco_helpers import IN, config, net
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import get_peft_model
 
-from loco_diffusion.adapters import LoCOLayer, hotswap_adapter
+from loco_diffusion.adapters import LoCOLayer
 from loco_diffusion.errors import UserError
 
 # Several adapters as one.
@@ -57,59 +56,3 @@ def test_bad_combinations_are_refused(arguments: tuple[Any, ...], message: str) 
     model = get_peft_model(net(), config())
     with pytest.raises(UserError, match=message):
         model.add_weighted_adapter(*arguments)
-
-
-# Hot swap.
-
-
-def saved(folder: Path, **changes: Any) -> PeftModel:
-    """Another adapter, which the folder then holds."""
-    torch.manual_seed(1)
-    model = get_peft_model(net(), config(**changes)).eval()
-    model.save_pretrained(str(folder))
-    return model
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_hotswap(tmp_path: Path, compiled: bool) -> None:
-    model = get_peft_model(net(), config()).eval()
-    run = torch.compile(model, backend="eager") if compiled else model
-    x = torch.randn(5, IN)
-    parameters = list(model.parameters())
-    before = run(x)
-    other = saved(tmp_path, alpha=1.0, alpha_pattern={"^second": 3.0}, map="exp")
-    hotswap_adapter(run, tmp_path)
-    expected = other(x)
-    torch.testing.assert_close(run(x), expected)
-    assert not torch.allclose(before, expected, atol=1e-3)
-    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
-    assert model.peft_config["default"].alpha == 1.0
-
-
-def test_hotswap_keeps_the_strength(tmp_path: Path) -> None:
-    model = get_peft_model(net(), config()).eval()
-    layer = model.base_model.model.first
-    layer.set_scale("default", 0.5)
-    saved(tmp_path, alpha=6.0)
-    hotswap_adapter(model, tmp_path)
-    assert layer.scaling == {"default": 1.5}
-
-
-def test_hotswap_refusals(tmp_path: Path) -> None:
-    model = get_peft_model(net(), config()).eval()
-    saved(tmp_path / "wider", r=3)
-    get_peft_model(net(), LoraConfig(target_modules=["first"])).save_pretrained(str(tmp_path / "lora"))
-    saved(tmp_path / "pickle")
-    (tmp_path / "pickle" / "adapter_model.safetensors").rename(tmp_path / "pickle" / "adapter_model.bin")
-    for folder, name, message in (
-        ("wider", "default", "differs from the adapter 'default' in layers or shapes"),
-        ("lora", "default", "holds a LoraConfig: only LoCO adapters"),
-        ("wider", "style", "no LoCO adapter 'style' to swap"),
-        ("absent", "default", "no adapter folder"),
-        ("pickle", "default", "it has no adapter_model.safetensors"),
-    ):
-        with pytest.raises(UserError, match=message):
-            hotswap_adapter(model, tmp_path / folder, name)
-    model.merge_adapter()
-    with pytest.raises(UserError, match="unmerge it first"):
-        hotswap_adapter(model, tmp_path / "wider")

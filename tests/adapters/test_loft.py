@@ -118,29 +118,6 @@ def test_number_of_parameters(r: int) -> None:
     assert free.get_nb_trainable_parameters()[0] == r**2 + 1
 
 
-def test_half_precision_and_autocast() -> None:
-    made = layer().float()
-    x = torch.randn(5, IN)
-    exact = made(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(made(x).float(), exact, atol=0.05, rtol=0)
-    made.get_base_layer().bfloat16()
-    half = made(x.bfloat16())
-    assert half.dtype == torch.bfloat16 and made.loft_skew["default"].dtype == torch.float32
-    torch.testing.assert_close(half.float(), exact, atol=0.05, rtol=0)
-
-
-def test_compiles_into_one_graph() -> None:
-    made = layer().float().train()
-    made.loft_skew.requires_grad_()
-    x = torch.randn(5, IN)
-    torch._dynamo.reset()
-    out = torch.compile(made, fullgraph=True, backend="eager")(x)
-    torch.testing.assert_close(out, made(x))
-    out.sum().backward()
-    assert made.loft_skew["default"].grad.abs().max() > 0
-
-
 def test_quantised_weights() -> None:
     quantised = nn.Linear(IN, OUT)
     quantised.weight = nn.Parameter((quantised.weight * 127).to(torch.int8), requires_grad=False)
@@ -149,8 +126,11 @@ def test_quantised_weights() -> None:
     x = torch.randn(2, IN)
     expected = quantised(x @ rotations.dense(*made.get_chain("default")).T)
     torch.testing.assert_close(made(x), expected)
-    with pytest.raises(UserError, match="without quantisation"):
-        Linear(quantised, "default", config(support="principal"))
+    waits = Linear(quantised, "default", config(support="principal"))  # to be loaded
+    with pytest.raises(
+        UserError, match="'principal' is chosen from the base weight, .* load a saved adapter"
+    ):
+        waits(x)
 
 
 # Supports that are chosen from gradients.
@@ -273,11 +253,6 @@ def test_nothing_to_fit() -> None:
 def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         config(**changes)
-
-
-def test_more_directions_than_inputs() -> None:
-    with pytest.raises(UserError, match="r = 21 exceeds the 20 inputs of a target layer: lower r"):
-        get_peft_model(net(), config(r=21))
 
 
 def test_config_round_trips(tmp_path: Path) -> None:

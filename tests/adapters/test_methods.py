@@ -6,74 +6,25 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from method_helpers import (
+    CASES,
+    METHODS,
+    TARGETS,
+    Case,
+    adapter_names,
+    assert_close,
+    net,
+    pictures,
+)
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
-from loco_diffusion.adapters import LoCAConfig, LoCOConfig, LOFTConfig
-from loco_diffusion.adapters.config import AdapterConfig
 from loco_diffusion.errors import UserError
-
-METHODS: dict[str, Callable[..., AdapterConfig]] = {
-    "loco": lambda **settings: LoCOConfig(**{"r": 2, "num_rotations": 3, **settings}),
-    "loco-output": lambda **settings: LoCOConfig(
-        **{"r": 2, "num_rotations": 2, "side": "output", "map": "exp", **settings}
-    ),
-    "loco-both": lambda **settings: LoCOConfig(
-        **{"r": 3, "num_rotations": 2, "side": "both", "magnitude": True, **settings}
-    ),
-    "loft": lambda **settings: LOFTConfig(**{"r": 12, **settings}),
-    "loft-free": lambda **settings: LOFTConfig(**{"r": 5, "free": True, "support": "random", **settings}),
-    "loca": lambda **settings: LoCAConfig(**{"num_coefficients": 90, **settings}),
-}
-TARGETS = {"linear": ["first", "second"], "conv2d": ["conv", "mix"]}
-
-
-class Net(nn.Module):
-    """Two convolutions, two linear layers, and a head that is left alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(24, 32, 3, stride=2, dilation=2, padding=2)
-        self.mix = nn.Conv2d(32, 24, 1, bias=False)
-        self.first = nn.Linear(24, 32)
-        self.second = nn.Linear(32, 24, bias=False)
-        self.head = nn.Linear(24, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.mix(torch.tanh(self.conv(x))).flatten(2).mT
-        return self.head(self.second(torch.tanh(self.first(tokens))).mean(1))
-
-
-def net() -> Net:
-    torch.manual_seed(0)
-    return Net().eval()
-
-
-def pictures(count: int = 4) -> Tensor:
-    return torch.randn(count, 24, 6, 5, generator=torch.Generator().manual_seed(1))
-
-
-class Case(NamedTuple):
-    """A method on one kind of layer."""
-
-    method: str
-    kind: str
-
-    def config(self, **settings: Any) -> AdapterConfig:
-        defaults = {"target_modules": TARGETS[self.kind], "init_weights": False}
-        return METHODS[self.method](**{**defaults, **settings})
-
-    def model(self, **settings: Any) -> PeftModel:
-        """An evaluated model with an adapter that changes it noticeably."""
-        return get_peft_model(net(), self.config(**settings)).eval()
-
-
-CASES = [Case(method, kind) for method in METHODS for kind in TARGETS]
 
 
 @pytest.fixture(params=CASES, ids="-".join)
@@ -81,21 +32,8 @@ def case(request: pytest.FixtureRequest) -> Case:
     return request.param
 
 
-def assert_close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
-
-
 def differ(*outputs: Tensor) -> bool:
     return all((a - b).abs().max() > 1e-4 for i, a in enumerate(outputs) for b in outputs[:i])
-
-
-def adapter_names(model: nn.Module) -> set[str]:
-    """The names of the parameters that belong to adapters."""
-    return {
-        name
-        for name, _ in model.named_parameters()
-        if any(f".{p}_" in name for p in ("loco", "loft", "loca"))
-    }
 
 
 def test_starts_at_the_identity_and_trains_the_adapter_alone(case: Case) -> None:
@@ -135,15 +73,10 @@ def test_merged_equals_unmerged_and_unmerging_restores(case: Case) -> None:
     assert_close(merged(x), adapted)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_weight_path_equals_activation_path(case: Case, dtype: torch.dtype) -> None:
-    model = case.model().to(dtype)
-    tolerance = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
-    name = TARGETS[case.kind][0]
-    layer = model.base_model.model.get_submodule(name)
-    generator = torch.Generator().manual_seed(1)
-    shape = (2, 7, 24) if case.kind == "linear" else (2, 24, 6, 5)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    layer, x = case.layer().to(dtype), case.inputs(dtype)
+    tolerance = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 0.03}[dtype]
     weight, adapted = layer.get_base_layer().weight.clone(), layer(x)
     delta = layer.get_delta_weight("default")
     layer.merge()
@@ -153,6 +86,21 @@ def test_weight_path_equals_activation_path(case: Case, dtype: torch.dtype) -> N
     assert change.norm() > 0.01 * weight.double().norm()
     layer.unmerge()
     torch.testing.assert_close(layer.get_base_layer().weight, weight, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize(("dtype", "digits"), [(torch.bfloat16, 8), (torch.float16, 11)])
+def test_merging_in_half_precision_rounds_once(case: Case, dtype: torch.dtype, digits: int) -> None:
+    layer = case.layer()
+    weight = layer.get_base_layer().to(dtype).weight.float()
+    exact = weight + layer.get_delta_weight("default")
+    layer.merge()
+    merged = layer.get_base_layer().weight
+    assert merged.dtype == dtype
+    assert ((merged.float() - exact).abs() - 2.0**-digits * exact.abs()).max() < 1e-6
+    layer.unmerge()
+    difference = layer.get_base_layer().weight.float() - weight
+    if case.method not in ("loco-both", "loft-free"):  # they change lengths
+        assert difference.norm() < 2.0 ** (1 - digits) * weight.norm()
 
 
 def test_several_adapters(case: Case) -> None:
@@ -174,15 +122,20 @@ def test_several_adapters(case: Case) -> None:
     assert not any(".default" in name for name in model.state_dict())
 
 
-def test_an_adapter_for_each_row(case: Case) -> None:
-    model, x = case.model(), pictures()
-    model.add_adapter("other", case.config())
+@pytest.mark.parametrize("modules_to_save", [None, ["head"]])
+def test_an_adapter_for_each_row(case: Case, modules_to_save: list[str] | None) -> None:
+    model, x = case.model(modules_to_save=modules_to_save), pictures()
+    model.add_adapter("other", case.config(modules_to_save=modules_to_save))
+    if modules_to_save:
+        for factor, head in enumerate(model.base_model.model.head.modules_to_save.values(), 2):
+            head.weight.data *= factor
     outputs = {"__base__": net()(x), "default": model(x)}
     model.set_adapter("other")
     outputs["other"] = model(x)
     names = ["other", "__base__", "default", "other"]
     mixed = model(x, adapter_names=names)
     assert_close(mixed, torch.stack([outputs[name][row] for row, name in enumerate(names)]))
+    assert differ(*outputs.values())
     assert torch.equal(model(x), outputs["other"])
 
 
@@ -249,10 +202,53 @@ def test_safe_merge_refuses_broken_weights_and_changes_nothing(case: Case) -> No
         assert torch.equal(model(pictures()), net()(pictures()))
 
 
-@pytest.mark.parametrize("method", ["loco", "loft", "loca"])
-def test_a_target_that_does_not_exist(method: str) -> None:
-    with pytest.raises(UserError, match="found nothing to adapt in Net"):
-        get_peft_model(net(), METHODS[method](target_modules=["third"]))
+# Quantised base layers.
+
+INT8 = Int8WeightOnlyConfig()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("can_requantise", [False, True])
+def test_torchao_int8_weights(method: str, can_requantise: bool) -> None:
+    case = Case(method, "linear")
+    made, x = case.layer(), case.inputs()
+    quantised = nn.Sequential(net().first)
+    quantize_(quantised, INT8)
+    kwargs = {"get_apply_tensor_subclass": lambda: INT8} if can_requantise else {}
+    on_int8 = type(made)(quantised[0], "default", case.config(), kwargs)
+    on_int8.load_state_dict({**made.state_dict(), "base_layer.weight": quantised[0].weight})
+    made.get_base_layer().weight.data = quantised[0].weight.dequantize()
+    expected = made(x)
+    torch.testing.assert_close(on_int8(x), expected, atol=1e-4, rtol=1e-4)
+    on_int8.train()(x).square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in on_int8.parameters() if p.requires_grad)
+    on_int8.eval()
+    if can_requantise:
+        on_int8.merge()
+        torch.testing.assert_close(on_int8(x), expected, atol=0.05, rtol=0.05)
+    else:
+        with pytest.raises(UserError, match="without quantisation"):
+            on_int8.merge()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_load_onto_a_quantised_base(method: str, tmp_path: Path) -> None:
+    case, x = Case(method, "linear"), pictures()
+    quantised, rounded = net(), net()
+    quantize_(quantised, INT8)
+    for layer, other in zip(quantised.children(), rounded.children(), strict=True):
+        if isinstance(layer, nn.Linear):
+            other.weight.data = layer.weight.dequantize()
+    torch.manual_seed(1)
+    model = get_peft_model(rounded, case.config()).eval()
+    expected, state = model(x), get_peft_model_state_dict(model)
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(quantised, str(tmp_path)).eval()
+    torch.testing.assert_close(loaded(x), expected, atol=1e-4, rtol=1e-4)
+    loaded.add_adapter("other", case.config())
+    set_peft_model_state_dict(loaded, state, adapter_name="other")
+    loaded.set_adapter("other")
+    torch.testing.assert_close(loaded(x), expected, atol=1e-4, rtol=1e-4)
 
 
 # Other models than denoisers.

@@ -12,7 +12,6 @@ from rotated_helpers import BASES, IN, OUT, SETTINGS, base, config, dense_weight
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import conv2d, linear
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from loco_diffusion.adapters.loco.layer import Linear, LoCOLayer
 from loco_diffusion.adapters.rotated import SIDES, Side
@@ -145,26 +144,6 @@ def test_unmerge_uses_the_strength_of_the_merge() -> None:
         made.unmerge()
 
 
-@pytest.mark.parametrize(("dtype", "digits"), [(torch.bfloat16, 8), (torch.float16, 11)])
-@pytest.mark.parametrize("kind", ["linear", "conv2d"])
-@pytest.mark.parametrize("settings", ["input", "both", "both and magnitude"])
-def test_merging_in_half_precision_rounds_once(
-    dtype: torch.dtype, digits: int, kind: str, settings: str
-) -> None:
-    made = layer(kind, dtype, **SETTINGS[settings])
-    weight = made.get_base_layer().weight.double()
-    exact = dense_weight(made)
-    made.merge()
-    merged = made.get_base_layer().weight
-    assert merged.dtype == dtype
-    error = (merged.double() - exact).abs() - 2.0**-digits * exact.abs()
-    assert error.max() < 1e-6
-    made.unmerge()
-    difference = made.get_base_layer().weight.double() - weight
-    if settings != "both and magnitude":
-        assert difference.norm() < 2.0 ** (1 - digits) * weight.norm()
-
-
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_merging_keeps_the_layout_of_the_weight(settings: str) -> None:
     made = layer("linear", torch.float32, **SETTINGS[settings])
@@ -212,27 +191,6 @@ def test_integer_weights_train_but_do_not_merge(settings: str) -> None:
         if "magnitude" not in settings or change == made.merge:
             with pytest.raises(UserError, match="without quantisation"):
                 change()
-
-
-@pytest.mark.parametrize("can_requantise", [False, True])
-def test_torchao_int8_weights(can_requantise: bool) -> None:
-    weight_only = Int8WeightOnlyConfig()
-    linear_layer = nn.Sequential(nn.Linear(IN, OUT))
-    quantize_(linear_layer, weight_only)
-    kwargs = {"get_apply_tensor_subclass": lambda: weight_only} if can_requantise else {}
-    made = Linear(linear_layer[0], "default", config(side="both"), kwargs)
-    x = torch.randn(2, IN)
-    weight = made.get_base_layer().weight.dequantize()
-    expected = linear(x, dense_weight(made, weight=weight).float(), made.get_base_layer().bias)
-    torch.testing.assert_close(made(x), expected, atol=1e-4, rtol=1e-4)
-    made(x).sum().backward()
-    assert made.loco_v["default"].grad.abs().max() > 0
-    if can_requantise:
-        made.merge()
-        torch.testing.assert_close(made(x), expected, atol=0.05, rtol=0.05)
-    else:
-        with pytest.raises(UserError, match="without quantisation"):
-            made.merge()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="bitsandbytes quantises on CUDA")

@@ -45,5 +45,5 @@ class LoCAConfig(AdapterConfig):
         self.peft_type = LOCA
         super().__post_init__()
         self.check_positive("num_coefficients")
-        if not isinstance(self.alpha, (int, float)) or not math.isfinite(self.alpha):
-            raise UserError(f"LoCAConfig.alpha must be a finite number, got {self.alpha!r}.")
+        if not isinstance(self.alpha, (int, float)) or not math.isfinite(self.alpha) or not self.alpha:
+            raise UserError(f"LoCAConfig.alpha must be a finite number other than 0, got {self.alpha!r}.")

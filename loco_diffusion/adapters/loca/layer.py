@@ -51,13 +51,17 @@ class LoCALayer(AdaptedLayer):
                 f"of {cells} weights: lower num_coefficients, or leave that layer out of target_modules."
             )
         self._forget(adapter_name)
-        self.r[adapter_name] = config.num_coefficients
-        self.alpha[adapter_name] = config.alpha
-        self.scaling[adapter_name] = config.alpha
+        self.configure(adapter_name, config)
         a = (0.0 if config.init_weights else 0.1) * torch.randn(config.num_coefficients)
         self.loca_a[adapter_name] = nn.Parameter(a)
         self.loca_l[adapter_name] = nn.Parameter(torch.rand(2, config.num_coefficients))
         self._updated(adapter_name, config)
+
+    def configure(self, adapter: str, config: LoCAConfig) -> None:
+        """Take over the settings of a configuration that gives the parameters their present shapes."""
+        self.r[adapter] = config.num_coefficients
+        self.alpha[adapter] = config.alpha
+        self.scaling[adapter] = self.full_scale(adapter)
 
     def full_scale(self, adapter: str) -> float:
         """alpha."""

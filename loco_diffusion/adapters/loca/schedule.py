@@ -17,7 +17,8 @@ class LocationSchedule:
 
     Usable from any loop: make it when the optimizer holds the adapter's parameters, call :meth:`step` after
     each optimizer step. It freezes what is not to be learned (``requires_grad``), so gradients must be set to
-    None between steps, as ``zero_grad`` does; with DistributedDataParallel, set ``find_unused_parameters``.
+    None between steps, as ``zero_grad`` does. DistributedDataParallel keeps in step only what requires a gradient
+    when it wraps the model: wrap it first, with ``find_unused_parameters=True``, then make the schedule.
 
         optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
         schedule = LocationSchedule(model, total_steps)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from loco_diffusion.adapters.loco.config import LoCOConfig
-from loco_diffusion.adapters.loco.hotswap import hotswap_adapter
 from loco_diffusion.adapters.loco.layer import LoCOLayer
 from loco_diffusion.adapters.loco.model import LoCOModel
 
-__all__ = ["LoCOConfig", "LoCOLayer", "LoCOModel", "hotswap_adapter"]
+__all__ = ["LoCOConfig", "LoCOLayer", "LoCOModel"]

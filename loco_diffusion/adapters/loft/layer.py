@@ -47,7 +47,7 @@ class LOFTLayer(RotatedLayer):
         """Add the adapter ``adapter_name``, or replace it.
 
         Raises:
-            UserError: r is more than the layer has inputs, or the support needs a weight that cannot be read.
+            UserError: r is more than the layer has inputs.
         """
         r = config.r
         if r > self.in_features:
@@ -56,9 +56,7 @@ class LOFTLayer(RotatedLayer):
                 "lower r or leave that layer out of target_modules."
             )
         self._forget(adapter_name)
-        self.r[adapter_name] = r
-        self.support[adapter_name] = config.support
-        self.scaling[adapter_name] = self.full_scale(adapter_name)
+        self.configure(adapter_name, config)
         spread = 0.0 if config.init_weights else 0.1
         if config.free:
             parameter = nn.Parameter(torch.eye(r) + spread * torch.randn(r, r))
@@ -69,18 +67,26 @@ class LOFTLayer(RotatedLayer):
         self._start_basis(adapter_name)
         self._updated(adapter_name, config)
 
+    def configure(self, adapter: str, config: LOFTConfig) -> None:
+        """Take over the settings of a configuration that gives the parameters their present shapes."""
+        self.r[adapter] = config.r
+        self.support[adapter] = config.support
+        self.scaling[adapter] = self.full_scale(adapter)
+
     def full_scale(self, adapter: str) -> float:
         """1: there is no alpha."""
         return 1.0
 
     def _start_basis(self, adapter: str) -> None:
-        waits = self.needs_gradient(adapter)
+        self.loft_basis[adapter] = torch.zeros(self.in_features, self.r[adapter])
+        self.fitted[adapter] = not self.needs_gradient(adapter)
         # on the meta device, because the adapter is about to be loaded
-        if waits or self._parameter(adapter).is_meta:
-            self.loft_basis[adapter] = torch.zeros(self.in_features, self.r[adapter])
-        else:
+        if not self.fitted[adapter] or self._parameter(adapter).is_meta:
+            return
+        try:
             self._set_basis(adapter)
-        self.fitted[adapter] = not waits
+        except UserError:  # a quantised weight; the adapter may still be loaded
+            self.fitted[adapter] = False
 
     def _set_basis(self, adapter: str, gradient: Tensor | None = None) -> None:
         support = self.support[adapter]
@@ -109,16 +115,25 @@ class LOFTLayer(RotatedLayer):
             P: (in_features, r) and R - I: (r, r).
 
         Raises:
-            UserError: the support is one from gradients that has not been fitted.
+            UserError: the support is one from gradients that has not been fitted, or one from a quantised weight.
         """
         if not self.fitted[adapter]:
-            raise gradient_needed(self.support[adapter])
+            raise self._not_fitted(adapter)
         scale = self.scaling[adapter] if scale is None else scale
         parameter = self._parameter(adapter)
         parameter = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
         with torch.autocast(parameter.device.type, enabled=False):
             core = (_free_core if adapter in self.loft_matrix else _cayley_core)(parameter, scale)
         return self.loft_basis[adapter].to(core), core
+
+    def _not_fitted(self, adapter: str) -> UserError:
+        support = self.support[adapter]
+        if self.needs_gradient(adapter):
+            return gradient_needed(support)
+        return UserError(
+            f"The support {support!r} is chosen from the base weight, which a quantised layer does not show: load "
+            "a saved adapter, choose another support, or load the base model without quantisation."
+        )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in self.fitted:

@@ -9,18 +9,18 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from loco_diffusion.adapters import peft_folder
-from loco_diffusion.adapters.loco.config import LoCOConfig
-from loco_diffusion.adapters.loco.layer import LoCOLayer
+from loco_diffusion.adapters.adapted import AdaptedLayer
+from loco_diffusion.adapters.config import AdapterConfig
 from loco_diffusion.adapters.peft_folder import PEFT_PREFIX
 from loco_diffusion.errors import UserError
 
 
 def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> None:
-    """Give an adapter the weights and settings of a saved LoCO adapter of the same shapes.
+    """Give an adapter the weights and settings of a saved one of the same method and shapes.
 
-    No parameter is replaced, so that a compiled model stays compiled; it only compiles again where alpha / r
-    differs. The adapter keeps its name and its strength. Does for LoCO what ``peft.utils.hotswap`` does for LoRA
-    alone.
+    No parameter is replaced, so that a compiled model stays compiled; it only compiles again where a setting
+    such as alpha / r differs. The adapter keeps its name and its strength. Does for this library's methods what
+    ``peft.utils.hotswap`` does for LoRA alone.
 
     Args:
         model: a PeftModel, or a model with injected adapters.
@@ -28,24 +28,28 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
         adapter_name: the adapter to overwrite.
 
     Raises:
-        UserError: there is no such adapter, it is merged, or the other one is missing, damaged, not LoCO or of
-            other shapes.
+        UserError: there is no such adapter, it is merged, or the other one is missing, damaged, of another
+            method or of other shapes.
     """
     model = getattr(model, "_orig_mod", model)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     layers = {
         path: layer
         for path, layer in base.named_modules()
-        if isinstance(layer, LoCOLayer) and adapter_name in layer.scaling
+        if isinstance(layer, AdaptedLayer) and adapter_name in layer.scaling
     }
     if not layers:
-        raise UserError(f"The model has no LoCO adapter {adapter_name!r} to swap: load it as a new adapter.")
+        raise UserError(f"The model has no adapter {adapter_name!r} to swap: load it as a new adapter.")
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise UserError(f"The adapter {adapter_name!r} is merged into the base weights: unmerge it first.")
     other = peft_folder.read(peft_folder.find(folder))
     config = other.method
-    if not isinstance(config, LoCOConfig):
-        raise UserError(f"{folder} holds a {type(config).__name__}: only LoCO adapters can be swapped.")
+    configs: Any = model.peft_config
+    if not isinstance(config, AdapterConfig) or type(config) is not type(configs[adapter_name]):
+        raise UserError(
+            f"{folder} holds a {type(config).__name__}, the adapter {adapter_name!r} is made from a "
+            f"{type(configs[adapter_name]).__name__}: load it as a new adapter."
+        )
     prefix = PEFT_PREFIX if isinstance(model, PeftModel) else ""
     weights = {prefix + name: tensor for name, tensor in other.adapter.items()}
     present = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
@@ -62,5 +66,4 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
         strength = layer.scaling[adapter_name] / layer.full_scale(adapter_name)
         layer.configure(adapter_name, config.for_layer(path))
         layer.set_scale(adapter_name, strength)
-    configs: Any = model.peft_config
     configs[adapter_name] = config
