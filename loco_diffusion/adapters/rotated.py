@@ -14,27 +14,14 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from loco_diffusion import rotations
 from loco_diffusion.adapters.adapted import AdaptedLayer
+from loco_diffusion.adapters.optimizer_steps import optimizer_steps
 from loco_diffusion.errors import UserError
 
 Side = Literal["input", "output"]
 SIDES: tuple[Side, ...] = ("input", "output")  # in the order in which activations meet them
-
-
-_optimizer_steps = 0  # of all optimizers in the process
-
-
-def _count_step(*_: object) -> None:
-    global _optimizer_steps
-    if not torch.compiler.is_compiling():
-        _optimizer_steps += 1
-
-
-# Fused optimizers change parameters without counting up their versions.
-register_optimizer_step_post_hook(_count_step)
 
 
 class _Factors(NamedTuple):
@@ -179,7 +166,7 @@ class RotatedLayer(AdaptedLayer):
             return self._make_factors(adapter, side, dtype)
         stamp = (
             dtype,
-            _optimizer_steps,
+            optimizer_steps(),
             *(getattr(self, name).get(adapter) for name in self.other_param_names),
             *((t._version, t.data_ptr(), t.dtype, t.device) for t in tensors),
         )

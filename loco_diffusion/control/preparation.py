@@ -10,6 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from loco_diffusion.adapters.optimizer_steps import optimizer_steps
 from loco_diffusion.control import layers
 from loco_diffusion.control.adapter import Adapter
 from loco_diffusion.control.attention import Memory, Recall, SelfAttentions
@@ -212,7 +213,7 @@ class Preparation:
             if isinstance(layer, BaseTunerLayer)
         ]
         versions = ((t._version, t.data_ptr(), t.dtype) for t in weights)
-        return tokens.grid, stride, tuple(versions), tuple(switches)
+        return tokens.grid, stride, optimizer_steps(), tuple(versions), tuple(switches)
 
 
 def _bias(strength: float, keep: Tensor | None) -> Tensor | None:
