@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from loco_diffusion.adapters.calibration import fit_supports
 from loco_diffusion.adapters.loca import LoCAConfig, LoCALayer, LoCAModel, LocationSchedule
 from loco_diffusion.adapters.loco import LoCOConfig, LoCOLayer, LoCOModel, hotswap_adapter
 from loco_diffusion.adapters.loft import LOFTConfig, LOFTLayer, LOFTModel
@@ -20,6 +21,7 @@ __all__ = [
     "LoCOModel",
     "LocationSchedule",
     "default_target_modules",
+    "fit_supports",
     "hotswap_adapter",
 ]
 
