@@ -153,7 +153,7 @@ def built_stable_diffusion() -> StableDiffusionPipeline:
             text_encoder=_clip_text_encoder(tokenizer).eval(),
             tokenizer=tokenizer,
             unet=unet.eval(),
-            scheduler=DDIMScheduler(),
+            scheduler=DDIMScheduler(clip_sample=False),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,

@@ -77,7 +77,7 @@ def test_more_directions_than_there_are_are_refused(merge: Merge) -> None:
 
 def turn(r: int, scale: float, generator: torch.Generator) -> turns.Turn:
     basis = torch.linalg.qr(torch.randn(SIZE, r, dtype=torch.float64, generator=generator)).Q
-    return basis, torch.randn(r * (r - 1) // 2, dtype=torch.float64, generator=generator), scale
+    return basis, 0.05 * torch.randn(r * (r - 1) // 2, dtype=torch.float64, generator=generator), scale
 
 
 def dense_skew(basis: Tensor, entries: Tensor, scale: float = 1.0) -> Tensor:
@@ -114,13 +114,18 @@ def test_loft_rotations_are_merged_in_their_joint_span(
         torch.testing.assert_close(form(basis, entries), expected, atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("angle", [90.0, 90.001])
+@pytest.mark.parametrize("angle", [90.0, 90.5])
 def test_half_a_turn_has_no_cayley_transform(angle: float) -> None:
     """Two rotations of one plane that add up to it, or nearly."""
     scale = 2 * math.tan(math.radians(angle) / 2)
     part = torch.eye(SIZE)[:, :3], torch.tensor([1.0, 0.0, 0.0]), scale
     with pytest.raises(UserError, match="half a turn .* lower their strengths, or choose lie"):
         turns.compose([part, part])
+    near, away = (turns.compose([part, (*part[:2], factor * scale)]) for factor in (0.95, -1.0))
+    torch.testing.assert_close(dense_turn(*away), torch.eye(SIZE))
+    torch.testing.assert_close(
+        dense_turn(*near), dense_turn(*part) @ dense_turn(*part[:2], 0.95 * scale), atol=1e-5, rtol=0
+    )
     basis, entries = turns.lie([part, part])
     torch.testing.assert_close(dense_skew(basis, entries), dense_skew(*part) * 2)
 
