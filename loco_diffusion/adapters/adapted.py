@@ -72,7 +72,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     @property
     def groups(self) -> int:
         """The base convolution's; peft's LoRA asks for it when it is put around this layer."""
-        return self.get_base_layer().groups  # type: ignore[no-any-return, union-attr]
+        return self.get_base_layer().groups  # type: ignore[return-value]
 
     # What a method supplies.
 

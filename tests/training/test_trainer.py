@@ -159,13 +159,9 @@ def test_planes_are_fitted_before_the_first_step(make: Any) -> None:
     for u in planes:  # random ones are not orthogonal to each other
         columns = u.transpose(0, 1).flatten(1)
         torch.testing.assert_close(columns.mT @ columns, torch.eye(4), atol=1e-5, rtol=0)
-    assert not any(name.startswith("fitted.") for name in _tensors_of_a_plain_run(make))
-
-
-def _tensors_of_a_plain_run(make: Any) -> dict[str, torch.Tensor]:
-    config = make("plain", steps=1)
-    train(config)
-    return load_checkpoint(_checkpoints(config)[0])[0]
+    plain = make("plain", steps=1)
+    train(plain)
+    assert not any(name.startswith("fitted.") for name in load_checkpoint(_checkpoints(plain)[0])[0])
 
 
 def test_seeds_and_only_seeds_change_the_result(make: Any) -> None:
