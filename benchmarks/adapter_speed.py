@@ -20,7 +20,6 @@ into the folder adapter_speed.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
@@ -35,6 +34,7 @@ import torch
 import typer
 from memory import in_new_process, peak_over
 from methods import BARE, METHODS, REFERENCE, Adapted, adapt
+from output import RESULTS, describe, write
 from timing import in_turn, paired_ratio
 from torch import Tensor, nn
 from workloads import WORKLOADS, Workload
@@ -43,7 +43,6 @@ from loco_diffusion.console import quiet_libraries
 from loco_diffusion.machine import describe_machine
 
 PACKAGES = ("torch", "peft", "diffusers")
-RESULTS = Path(__file__).parent / "results" / "adapter_speed"
 Row = dict[str, Any]
 
 
@@ -86,9 +85,7 @@ def main(
     workload: Annotated[
         list[str] | None, typer.Option(help=f"Only these of {', '.join(WORKLOADS)}; repeatable.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path(__file__).parent
-    / "results"
-    / "adapter_speed",
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = RESULTS / "adapter_speed",
 ) -> None:
     """Measure adapters and write the numbers and a table."""
     if adapter_dtype not in ("float32", "bfloat16"):
@@ -102,19 +99,14 @@ def main(
         rows = in_new_process(measure_time, name, methods, settings)  # whose memory is free again afterwards
         results = {"workload": name, "settings": asdict(settings), "machine": machine, "rows": rows}
         path = out / f"{name}-{device}-{adapter_dtype}.json"
-        _write(results, path)  # the times, should the slower part be cut off
+        write(results, path, to_markdown)  # the times, should the slower part be cut off
         for row in rows:
             if "error" not in row:
                 typer.echo(f"{name}, memory: {row['method']}")
                 with suppress(BrokenProcessPool):  # killed, for its memory as a rule: the times still count
                     row["peak_bytes"] = in_new_process(peak_of_step, name, row["method"], settings)
-                _write(results, path)
+                write(results, path, to_markdown)
         typer.echo(f"Wrote {path} and {path.with_suffix('.md')}.")
-
-
-def _write(results: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    path.with_suffix(".md").write_text(to_markdown(results))
 
 
 def _known(wanted: list[str] | None, names: dict[str, Any]) -> list[str]:
@@ -191,8 +183,7 @@ def peak_of_step(name: str, method: str, settings: Settings) -> int:
 
 def to_markdown(results: dict[str, Any]) -> str:
     """The results as a table."""
-    settings, machine = results["settings"], results["machine"]
-    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    settings = results["settings"]
     lines = [
         f"# Speed and memory of adapters: {results['workload']}",
         "",
@@ -200,8 +191,7 @@ def to_markdown(results: dict[str, Any]) -> str:
         f"{settings['adapter_dtype']} adapters about as large as LoRA's of rank {settings['rank']}. "
         f"Medians of {settings['repeats']} paired repetitions.",
         "",
-        f"{machine['device']}; {machine['cpu']}, {machine['cpu_count']} cores, {machine['threads']} threads, "
-        f"load {machine['load']}; Python {machine['python']}, {packages}.",
+        describe(results["machine"]),
         "",
         *_table(results["rows"]),
     ]

@@ -30,6 +30,7 @@ import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from output import RESULTS
 from timing import in_turn
 from torch import Tensor
 
@@ -62,7 +63,7 @@ def main(
     tokens: Annotated[int, typer.Option(help="Rows that the timed rotations turn.")] = 1024,
     repeats: Annotated[int, typer.Option(help="Timed runs of each way; the median counts.")] = 30,
     device: Annotated[str, typer.Option(help="Where to measure the time: cpu or cuda.")] = "cpu",
-    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path(__file__).parent / "results",
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = RESULTS,
 ) -> None:
     """Measure the chain orders and write the numbers and the figure."""
     results = {

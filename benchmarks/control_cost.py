@@ -21,7 +21,6 @@ Writes MODEL-DEVICE.json and .md into the folder control_cost.
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -40,6 +39,7 @@ from diffusers import (
     FluxTransformer2DModel,
 )
 from memory import in_new_process, peak_over
+from output import RESULTS, describe, write
 from timing import milliseconds, paired_ratio
 from torch import Tensor, nn
 
@@ -50,7 +50,6 @@ from loco_diffusion.control.flux_positions import image_ids
 from loco_diffusion.machine import describe_machine
 
 PACKAGES = ("torch", "peft", "diffusers")
-RESULTS = Path(__file__).parent / "results" / "control_cost"
 STEPS = 28
 CONTROLNET_SHARE = 5 / 19
 
@@ -94,7 +93,7 @@ def main(
     layers: Annotated[int, typer.Option(help="Double blocks; FLUX.1 has 19.")] = 1,
     repeats: Annotated[int, typer.Option(help="Repetitions; medians count.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    out: Annotated[Path, typer.Option(help="Folder to write to.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = RESULTS / "control_cost",
 ) -> None:
     """Measure the ways to control and write the numbers and a table."""
     if model not in WAYS:
@@ -106,17 +105,12 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{model}-{device}.json"
     results = {"settings": asdict(settings), "machine": machine, "rows": rows}
-    _write(results, path)
+    write(results, path, to_markdown)
     for row in rows:
         typer.echo(f"memory: {row['way']}")
         row["peak_bytes"] = in_new_process(peak_of, row["way"], settings)
-        _write(results, path)
+        write(results, path, to_markdown)
     typer.echo(f"Wrote {path} and {path.with_suffix('.md')}.")
-
-
-def _write(results: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    path.with_suffix(".md").write_text(to_markdown(results))
 
 
 @torch.no_grad()
@@ -177,7 +171,7 @@ def flux_ways(settings: Settings) -> dict[str, Callable[[], Way]]:
     """The ways to control FLUX.1."""
     make = partial(_random, device=settings.device)
     side = round(settings.tokens**0.5)
-    inputs = {
+    inputs: dict[str, Any] = {
         "hidden_states": make(1, settings.tokens, 64),
         "encoder_hidden_states": make(1, settings.text_tokens, 4096),
         "pooled_projections": make(1, 768),
@@ -258,8 +252,7 @@ def _random(*shape: int, device: str) -> Tensor:
 
 def to_markdown(results: dict[str, Any]) -> str:
     """The results as a table."""
-    settings, machine = results["settings"], results["machine"]
-    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    settings = results["settings"]
     lines = [
         f"# What control costs: {settings['model']}",
         "",
@@ -267,8 +260,7 @@ def to_markdown(results: dict[str, Any]) -> str:
         f"tokens, {settings['layers']} double and {2 * settings['layers']} single blocks; medians of "
         f"{settings['repeats']} repetitions.",
         "",
-        f"{machine['device']}; {machine['cpu']}, {machine['cpu_count']} cores, {machine['threads']} threads, "
-        f"load {machine['load']}; Python {machine['python']}, {packages}.",
+        describe(results["machine"]),
         "",
         f"| way | once, ms | step, ms | image of {STEPS} steps, s | x no control | peak, MiB |",
         "|---|---:|---:|---:|---:|---:|",

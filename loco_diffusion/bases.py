@@ -5,13 +5,23 @@ from __future__ import annotations
 import os
 import re
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from loco_diffusion.control.family import Pipeline
-from loco_diffusion.embedded import load_packaged_pipeline
+from loco_diffusion.embedded import packaged_base
 from loco_diffusion.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
+Loaded = TypeVar("Loaded")
+
+
+DENOISERS = ("transformer", "unet")  # what pipelines call them
 
 
 def load_base(model: str | os.PathLike[str] | None, dtype: torch.dtype) -> Pipeline:
@@ -24,9 +34,41 @@ def load_base(model: str | os.PathLike[str] | None, dtype: torch.dtype) -> Pipel
     Raises:
         UserError: the model is missing or damaged.
     """
+    from diffusers import DiffusionPipeline
+
+    return _load(model, lambda source: DiffusionPipeline.from_pretrained(source, dtype=dtype))
+
+
+def load_denoiser(model: str | os.PathLike[str] | None) -> tuple[str, ModelMixin]:
+    """Load nothing of a base model but its denoiser, on the CPU, in float32.
+
+    Args:
+        model: as for `load_base`; of any family.
+
+    Returns:
+        What the pipeline calls it, "transformer" or "unet", and the denoiser.
+
+    Raises:
+        UserError: the model is missing or damaged, or has no denoiser of this name.
+    """
+    return _load(model, _denoiser_of)
+
+
+def _denoiser_of(source: str) -> tuple[str, ModelMixin]:
+    from diffusers import AutoModel, DiffusionPipeline
+
+    components = DiffusionPipeline.load_config(source)
+    for name in DENOISERS:
+        if name in components:
+            return name, AutoModel.from_pretrained(source, subfolder=name, dtype=torch.float32)
+    raise UserError(f"The model {source} has neither a {' nor a '.join(DENOISERS)}; give a diffusion model.")
+
+
+def _load(model: str | os.PathLike[str] | None, load: Callable[[str], Loaded]) -> Loaded:
+    """What a function loads of a base model, given its folder or hub id."""
     if model is None:
         try:
-            return load_packaged_pipeline(dtype)
+            return load(str(packaged_base()))
         except UserError:
             raise
         except Exception as error:  # damaged files have nearly any exception type
@@ -41,11 +83,10 @@ def load_base(model: str | os.PathLike[str] | None, dtype: torch.dtype) -> Pipel
         raise UserError(f"{folder} is no model in diffusers' format (it has no model_index.json); give one.")
     if not folder.is_dir() and not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", name):
         raise UserError(f"There is no model folder {name}; check the path.")
-    from diffusers import DiffusionPipeline
-
-    source = str(folder) if folder.is_dir() else name
     try:
-        return DiffusionPipeline.from_pretrained(source, dtype=dtype)
+        return load(str(folder) if folder.is_dir() else name)
+    except UserError:
+        raise
     except Exception as error:  # a broken file, a wrong id or no connection have many exception types
         if not folder.is_dir():
             raise UserError(

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from loco_diffusion.adapters.peft_folder import PeftFolder
-    from loco_diffusion.control.family import Pipeline
 
 NAME = "adapter"  # of an adapter in its base model
 _LORA_FILE = ".safetensors"
@@ -39,7 +38,8 @@ def export(
     """Write a LoCO or LOFT adapter as a LoRA that gives the same pictures.
 
     A .safetensors file is in diffusers' format, for load_lora_weights; it has no condition encoder. A folder is
-    again an adapter for generate --adapter and for peft. For example:
+    again an adapter for generate --adapter and for peft. Adapters with learned magnitudes, and those of
+    convolutions that are dilated or do not pad with zeros, cannot be exported. For example:
 
     loco-diffusion export path/to/canny --out canny-lora
     """
@@ -53,7 +53,7 @@ def export(
     content = adapter_folder.read_any(folder)
     with progress_bars() as progress:
         progress.add_task("Exporting", total=None)
-        pipe, denoiser = load_on_base(folder, content, model)
+        component, denoiser = load_on_base(folder, content, model)
         state = to_lora(denoiser, NAME)
     accuracy = "exact"
     if rank is not None:
@@ -62,7 +62,6 @@ def export(
         accuracy = f"relative error {error:.2g}, at most {errors[worst]:.2g} in a layer ({worst})"
     config = lora_config(state)
     if out.suffix == _LORA_FILE:
-        component = next(name for name, part in pipe.components.items() if part is denoiser)
         write_lora_file(out, state, component)
         if isinstance(content, adapter_folder.AdapterFolder):
             note("The file has no condition encoder; to control pictures with the LoRA, export to a folder.")
@@ -83,7 +82,7 @@ def merge(
         typer.Option(metavar="NUMBER,...", help="Strength of each adapter in the merged one; default: 1."),
     ] = None,
 ) -> None:
-    """Merge LoCO adapters of one base model into one.
+    """Merge LoCO adapters, or LOFT adapters, of one base model into one.
 
     compose does what the adapters do together; lie also takes means. Adapters with condition encoders must be for
     the same condition. For example:
@@ -128,34 +127,32 @@ def _strengths(weights: str | None, count: int) -> list[float]:
     return strengths
 
 
-def load_on_base(folder: Path, content: PeftFolder, model: str | None) -> tuple[Pipeline, nn.Module]:
-    """A base model's pipeline and its denoiser, with an adapter in its layers, called NAME.
+def load_on_base(folder: Path, content: PeftFolder, model: str | None) -> tuple[str, nn.Module]:
+    """A base model's denoiser with an adapter in its layers, called NAME; the rest of the model is not loaded.
 
     Args:
         folder: of the adapter.
         content: what is in the folder.
         model: a folder or hub id; None for the packaged base.
 
+    Returns:
+        What the base's pipeline calls the denoiser, and the denoiser.
+
     Raises:
         UserError: the base model cannot be loaded, or the adapter does not fit it.
     """
-    import torch
+    from loco_diffusion.bases import load_denoiser
+    from loco_diffusion.control import layers
+    from loco_diffusion.control.adapter_folder import AdapterFolder, check_denoiser
 
-    from loco_diffusion.bases import load_base
-    from loco_diffusion.control import Controller, layers
-    from loco_diffusion.control.adapter_folder import AdapterFolder
-
-    pipe = load_base(model, torch.float32)
-    controller = Controller(pipe)
-    denoiser = controller.family.denoiser(pipe)
+    component, denoiser = load_denoiser(model)
     if isinstance(content, AdapterFolder):
-        controller.load_adapter(folder, NAME)
-    else:
-        try:
-            layers.inject(denoiser, content.method, NAME)
-            layers.set_weights(denoiser, NAME, content.adapter)
-        except UserError as error:
-            raise UserError(
-                f"{folder} does not fit the base model; give its own with --model ({error})"
-            ) from error
-    return pipe, denoiser
+        check_denoiser(folder, content.control.base, denoiser)
+    try:
+        layers.inject(denoiser, content.method, NAME)
+        layers.set_weights(denoiser, NAME, content.adapter)
+    except UserError as error:
+        raise UserError(
+            f"{folder} does not fit the base model; give its own with --model ({error})"
+        ) from error
+    return component, denoiser

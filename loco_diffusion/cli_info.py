@@ -39,8 +39,9 @@ def info(
     """Show what is in an adapter, and how far it turns each layer.
 
     The bars are a layer's largest angle, from the first block to the last; for a LoRA, the largest singular value
-    of its change. Intruder dimensions (arXiv 2410.21228) are leading singular vectors of the adapted weights that
-    are unlike all of the base model's.
+    of its change. R Rᵀ - I is the norm of a layer's error of orthogonality, the largest of a row. Intruder
+    dimensions (arXiv 2410.21228) are leading singular vectors of the adapted weights that are unlike all of the
+    base model's.
     """
     from loco_diffusion import spectra
     from loco_diffusion.adapters import peft_folder
@@ -70,7 +71,7 @@ def info(
     if inspection is not None:
         what = inspection.spectra, inspection.quantity, inspection.unit
         terminal.print()
-        terminal.print(spectra.table(*what, terminal.options.ascii_only))
+        terminal.print(spectra.table(*what, inspection.orthogonality_errors, terminal.options.ascii_only))
         if plot is not None:
             save_image(spectra.picture(*what, f"{folder.resolve().name}: {rows['settings']}"), plot)
             say(f"\nWrote {plot}")

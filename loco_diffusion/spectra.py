@@ -32,13 +32,20 @@ def grouped(paths: Sequence[str]) -> dict[str, list[str]]:
     return {_common_name(members): members for members in groups.values()}
 
 
-def table(spectra: Spectra, quantity: str, unit: str, ascii_only: bool = False) -> Table:
+def table(
+    spectra: Spectra,
+    quantity: str,
+    unit: str,
+    errors: Mapping[str, float] | None = None,
+    ascii_only: bool = False,
+) -> Table:
     """One row a group, with a bar for the largest value of each of its layers; all bars have one scale.
 
     Args:
         spectra: the values.
         quantity: what they are, such as "angle".
         unit: printed behind them, such as "°"; numbers with a unit get one decimal, others three digits.
+        errors: each layer's ‖R Rᵀ - I‖, for a column with the group's largest.
         ascii_only: for terminals without block characters.
     """
     bars = _PLAIN_BARS if ascii_only else _BARS
@@ -48,16 +55,20 @@ def table(spectra: Spectra, quantity: str, unit: str, ascii_only: bool = False) 
     made.add_column(f"largest {quantity}, 0 to {_number(top, unit)}", style="cyan", no_wrap=True)
     for name in ("median", "max"):
         made.add_column(name, justify="right", min_width=6)
+    if errors:
+        made.add_column("R Rᵀ - I", justify="right", no_wrap=True)
     for heading, rows in _sections(spectra).items():
         if heading:
             made.add_row(Text(heading, style="bold"))
-        for label, layers in rows.items():
-            largest = [values[0] for values in layers]
+        for label, paths in rows.items():
+            largest = [spectra[path][0] for path in paths]
             heights = [int(value / (top or 1.0) * len(bars)) for value in largest]
             line = "".join(bars[min(height, len(bars) - 1)] for height in heights)
-            everything = [value for values in layers for value in values]
-            label = f"  {label}" if heading else label
-            made.add_row(Text(label), line, _number(median(everything), unit), _number(max(largest), unit))
+            everything = [value for path in paths for value in spectra[path]]
+            numbers = [_number(median(everything), unit), _number(max(largest), unit)]
+            if errors:
+                numbers.append(f"{max(errors[path] for path in paths):.1e}")
+            made.add_row(Text(f"  {label}" if heading else label), line, *numbers)
     return made
 
 
@@ -87,8 +98,8 @@ def picture(spectra: Spectra, quantity: str, unit: str, title: str) -> Image.Ima
     for part, (heading, section) in zip(parts, sections.items(), strict=True):
         part.suptitle(heading, x=0.01, ha="left", fontsize=9, fontweight="bold")
         panels = part.subplots(rows[heading], _COLUMNS, sharey=True, squeeze=False).flatten()
-        for panel, (label, layers) in zip(panels, section.items(), strict=False):
-            _draw_panel(panel, label, layers, unit, 1.05 * top)
+        for panel, (label, paths) in zip(panels, section.items(), strict=False):
+            _draw_panel(panel, label, [spectra[path] for path in paths], unit, 1.05 * top)
         for panel in panels[len(section) :]:
             panel.set_visible(False)
     canvas.draw()
@@ -115,13 +126,13 @@ def _draw_panel(panel: Axes, label: str, layers: list[Sequence[float]], unit: st
     panel.tick_params(labelsize=7)
 
 
-def _sections(spectra: Spectra) -> dict[str, dict[str, list[Sequence[float]]]]:
-    """The groups' values by the list of blocks that they are in ("" for none) and the rest of their name."""
-    sections: dict[str, dict[str, list[Sequence[float]]]] = {}
+def _sections(spectra: Spectra) -> dict[str, dict[str, list[str]]]:
+    """The groups' layers by the list of blocks that they are in ("" for none) and the rest of their name."""
+    sections: dict[str, dict[str, list[str]]] = {}
     for name, paths in grouped(list(spectra)).items():
         heading, star, label = name.partition(".*.")
         heading, label = (heading, label) if star else ("", name)
-        sections.setdefault(heading, {})[label] = [spectra[path] for path in paths]
+        sections.setdefault(heading, {})[label] = paths
     return sections
 
 

@@ -12,67 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from loco_diffusion import Controller, LoCOConfig
 from loco_diffusion.cli import main
 from loco_diffusion.conditions import get_condition
-from loco_diffusion.control import EncoderConfig, layers
 from loco_diffusion.generation import Sampling, open_session
 from loco_diffusion.images import fit
 
 SIZE = ["--width", "32", "--height", "32", "--steps", "2"]
 Failure = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def adapters(flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with adapters of random weights for canny and deblur."""
-    folder = tmp_path_factory.mktemp("adapters")
-    controller = Controller(FluxPipeline.from_pretrained(flux_folder))
-    for seed, name in enumerate(("canny", "deblur")):
-        controller.add_adapter(name, LoCOConfig(r=1, num_rotations=2), encoder=EncoderConfig(hidden_size=8))
-        generator = torch.Generator().manual_seed(seed)
-        for parameters in controller.trainable_parameters(name).values():
-            for parameter in parameters:
-                parameter.data.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
-        controller.save_adapter(folder / name, name)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("photo") / "photo.png"
-    picture = Image.radial_gradient("L").resize((80, 60)).point(lambda value: 255 * (value > 90))
-    picture.convert("RGB").save(path)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current directory."""
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
-
-
-@pytest.fixture
-def failure(capfd: pytest.CaptureFixture[str], workplace: Path) -> Failure:
-    """A function that runs a failing command and gives its one line; it must leave no file behind."""
-
-    def run(*arguments: object) -> str:
-        before = sorted(workplace.rglob("*"))
-        assert main([str(argument) for argument in arguments]) == 2
-        captured = capfd.readouterr()
-        assert captured.out == ""
-        assert captured.err.startswith("Error: ") and captured.err.count("\n") == 1, captured.err
-        assert sorted(workplace.rglob("*")) == before
-        return captured.err
-
-    return run
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 @pytest.fixture
@@ -244,132 +194,6 @@ def test_bad_adapters(
     assert words in failure(*tiny, f"--adapter={condition}={folder}", f"--control={condition}={photo}")
 
 
-def test_info_shows_what_is_in_an_adapter(adapters: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["info", str(adapters / "canny"), "--plot", "angles.png"]) == 0
-    captured = capfd.readouterr()
-    assert captured.err == ""
-    for words in ("loco", "canny", "FluxTransformer2DModel", "num_rotations 2", "pixels, 8 wide", "MB"):
-        assert words in captured.out
-    for words in ("trainable in 11 layers", "to_add_out", "orthogonality", "e-0", "attn.to_q", "█", "°"):
-        assert words in captured.out
-    assert "intruders" not in captured.out and captured.out.endswith("\nWrote angles.png\n")
-    assert Image.open("angles.png").width > 1000
-
-
-def test_exports_a_lora_that_controls_the_same_way(
-    photo: Path, adapters: Path, flux_folder: Path, capfd: pytest.CaptureFixture[str], failure: Failure
-) -> None:
-    export = ["export", str(adapters / "canny"), "--model", str(flux_folder)]
-    assert main([*export, "--out", "lora/canny"]) == 0
-    assert capfd.readouterr().out == "Wrote lora/canny (rank 4, exact)\n"
-    assert main([*export, "--out", "small", "--rank", "1"]) == 0
-    assert "rank 1, relative error 0." in capfd.readouterr().out
-    base = FluxPipeline.from_pretrained(flux_folder)
-    controller = Controller(base)
-    features = []
-    for name, folder in {"loco": adapters / "canny", "lora": "lora/canny", "small": "small"}.items():
-        controller.load_adapter(folder, name)
-        with controller({name: photo_map(photo)}):
-            features.append(denoised(base))
-    assert (
-        relative_difference(features[1], features[0]) < 1e-5 < relative_difference(features[2], features[0])
-    )
-
-    capfd.readouterr()
-    assert main(["info", "lora/canny", "--model", str(flux_folder), "--plot", "values.png"]) == 0
-    shown = capfd.readouterr()
-    assert shown.err == "" and "r 4, lora_alpha 4" in shown.out
-    assert "of 110 leading singular vectors" in shown.out and "largest singular value" in shown.out
-    assert "exists" in failure(*export, "--out", "small")
-
-
-def test_exports_a_file_for_stock_diffusers(
-    adapters: Path, flux_folder: Path, capfd: pytest.CaptureFixture[str], failure: Failure
-) -> None:
-    export = ["export", str(adapters / "canny"), "--model", str(flux_folder), "--out", "lora.safetensors"]
-    assert main(export) == 0
-    captured = capfd.readouterr()
-    assert (
-        captured.out == "Wrote lora.safetensors (rank 4, exact)\n" and "no condition encoder" in captured.err
-    )
-    base = FluxPipeline.from_pretrained(flux_folder)
-    stock = denoised(base)
-    controller = Controller(base)
-    controller.load_adapter(adapters / "canny")
-    with layers.activated(base.transformer, {"canny": 1.0}):
-        expected = denoised(base)
-    controller.delete_adapter("canny")
-    base.load_lora_weights(".", weight_name="lora.safetensors")
-    assert relative_difference(denoised(base), expected) < 1e-5 < relative_difference(stock, expected)
-    assert "lora.safetensors exists" in failure(*export)
-
-
-def test_merges_adapters_of_one_condition(
-    adapters: Path, flux_folder: Path, photo: Path, capfd: pytest.CaptureFixture[str], failure: Failure
-) -> None:
-    canny, other = adapters / "canny", Path("other")
-    shutil.copytree(adapters / "deblur", other)
-    config = json.loads((other / "control_config.json").read_text())
-    (other / "control_config.json").write_text(json.dumps(config | {"condition": "canny"}))
-    for method in ("compose", "lie"):
-        command = [
-            "merge",
-            str(canny),
-            str(other),
-            "--method",
-            method,
-            "--weights",
-            "1,-0.5",
-            "--out",
-            method,
-        ]
-        assert main(command) == 0
-        assert capfd.readouterr().out == f"Wrote {method}\n"
-        assert main(["info", method]) == 0
-        shape = {"compose": "r 1, num_rotations 4", "lie": "r 2, num_rotations 2"}[method]
-        shown = capfd.readouterr().out
-        assert shape in shown and "pixels, 16 wide" in shown
-    base = FluxPipeline.from_pretrained(flux_folder)
-    controller = Controller(base)
-    for name, folder in {"one": canny, "two": other, "both": Path("compose")}.items():
-        controller.load_adapter(folder, name)
-    picture = photo_map(photo)
-    with controller(one=picture, two=picture, strength={"one": 1.0, "two": -0.5}):
-        expected = denoised(base)
-    with controller(both=picture):
-        assert relative_difference(denoised(base), expected) < 1e-4
-
-    assert "exists" in failure("merge", canny, other, "--out", "lie")
-    assert "different conditions" in failure("merge", canny, adapters / "deblur", "--out", "new")
-    assert "two or more" in failure("merge", canny, "--out", "new")
-    for weights in ("1", "1,x", "1,nan"):
-        assert "2 finite numbers" in failure("merge", canny, other, "--weights", weights, "--out", "new")
-    assert "no adapter folder" in failure("merge", canny, "missing", "--out", "new")
-
-
-def test_adapters_of_peft_have_no_encoder(
-    adapters: Path, flux_folder: Path, capfd: pytest.CaptureFixture[str], failure: Failure
-) -> None:
-    """Their folders can be exported, merged and inspected as well."""
-    plain = Path("plain")
-    shutil.copytree(adapters / "canny", plain, ignore=shutil.ignore_patterns("control_*"))
-    for name in ("a", "b"):
-        assert main(["merge", str(plain), str(plain), "--method", "lie", "--out", name]) == 0
-    command = ["export", "a", "--model", str(flux_folder), "--out"]
-    assert main([*command, "lora"]) == main([*command, "lora.safetensors"]) == 0
-    capfd.readouterr()
-    assert sorted(path.name for path in Path("lora").iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
-    assert main(["info", "lora", "--model", str(flux_folder)]) == 0
-    shown = capfd.readouterr()
-    assert shown.err == "" and "condition" not in shown.out and "intruders" in shown.out
-    assert "does not fit the base model" in failure("export", "a", "--out", "new")
-    assert "Only some" in failure("merge", "a", adapters / "canny", "--out", "new")
-    assert "no adapter folder" in failure("info", ".")
-
-
 def test_trains_an_adapter_that_generate_uses(
     flux_folder: Path, tiny: list[str], photo: Path, capfd: pytest.CaptureFixture[str], failure: Failure
 ) -> None:
@@ -396,29 +220,6 @@ def test_help_and_fields(capfd: pytest.CaptureFixture[str]) -> None:
     shown = capfd.readouterr()
     assert shown.err == "" and shown.out.count("quickstart") >= 4
     assert "learning rate of the adapter" in shown.out
-
-
-def photo_map(photo: Path) -> Image.Image:
-    """The photo's edges, 32 px wide and high."""
-    return get_condition("canny").extract(fit(Image.open(photo), 32, 32))
-
-
-def denoised(pipe: FluxPipeline) -> torch.Tensor:
-    """Two denoising steps in float32, always from the same noise."""
-    pipe.set_progress_bar_config(disable=True)
-    return pipe(
-        "a red cube",
-        height=32,
-        width=32,
-        num_inference_steps=2,
-        max_sequence_length=12,
-        generator=torch.Generator().manual_seed(0),
-        output_type="latent",
-    ).images
-
-
-def relative_difference(output: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((output - expected).norm() / expected.norm())
 
 
 def _difference(a: Image.Image, b: Image.Image) -> float:

@@ -27,9 +27,9 @@ def test_layers_that_differ_in_the_block_are_grouped() -> None:
 @pytest.mark.parametrize("ascii_only", [False, True])
 def test_the_table_has_a_bar_for_each_layer(ascii_only: bool) -> None:
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(table(SPECTRA, "angle", "°", ascii_only))
+    console.print(table(SPECTRA, "angle", "°", ascii_only=ascii_only))
     lines = console.export_text().splitlines()
-    assert "largest angle, 0 to 40.0°" in lines[0]
+    assert "largest angle, 0 to 40.0°" in lines[0] and "R Rᵀ" not in lines[0]
     assert [line.split() for line in lines[1:]] == [
         ["blocks"],
         ["attn.to_out.0", "-----=====+" if ascii_only else "▃▃▃▃▃▄▄▄▄▄▅", "2.0°", "20.0°"],
@@ -37,6 +37,15 @@ def test_the_table_has_a_bar_for_each_layer(ascii_only: bool) -> None:
         ["proj_out", "@" if ascii_only else "█", "20.0°", "40.0°"],
     ]
     assert lines[2].startswith("  attn") and lines[4].startswith("proj")
+
+
+def test_the_table_has_the_largest_error_of_each_row() -> None:
+    console = Console(width=120, record=True, file=io.StringIO())
+    errors = {path: 1e-7 * (1 + number) for number, path in enumerate(SPECTRA)}
+    console.print(table(SPECTRA, "angle", "°", errors))
+    lines = console.export_text().splitlines()
+    assert lines[0].rstrip().endswith("R Rᵀ - I")
+    assert [line.split()[-1] for line in lines[2:]] == ["1.1e-06", "1.5e-06", "1.6e-06"]
 
 
 @pytest.mark.parametrize("spectra", [SPECTRA, {"only": [0.0]}, {"a.0": [1e-5], "a.1": [2e-9]}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from loco_diffusion.adapters.calibration import fit_supports
 from loco_diffusion.adapters.hotswap import hotswap_adapter
 from loco_diffusion.adapters.loca import LoCAConfig, LoCALayer, LoCAModel, LocationSchedule
 from loco_diffusion.adapters.loco import LoCOConfig, LoCOLayer, LoCOModel
@@ -21,6 +22,7 @@ __all__ = [
     "LoCOModel",
     "LocationSchedule",
     "default_target_modules",
+    "fit_supports",
     "hotswap_adapter",
 ]
 

@@ -69,6 +69,11 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             self.quantization_backend = None
         self.update_layer(adapter_name, config)
 
+    @property
+    def groups(self) -> int:
+        """The base convolution's; peft's LoRA asks for it when it is put around this layer."""
+        return self.get_base_layer().groups  # type: ignore[return-value]
+
     # What a method supplies.
 
     def update_layer(self, adapter_name: str, config: Any) -> None:

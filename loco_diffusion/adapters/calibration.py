@@ -79,13 +79,7 @@ def fit_supports(
     adapters = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     if any(layer.merged for layer in adapters):
         raise UserError("Gradients are taken of the base weights: unmerge the adapters first.")
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, RotatedLayer)
-        and adapter_name in module.scaling
-        and module.needs_gradient(adapter_name)
-    }
+    layers = layers_to_fit(model, adapter_name)
     if not layers:
         raise UserError(
             f"The adapter {adapter_name!r} has nothing to fit: only LOFT with support gradient or skew and LoCO "
@@ -96,6 +90,17 @@ def fit_supports(
         gradients = _gradients(model, loss_fn, batches, weights, num_batches)
     for name, layer in layers.items():
         layer.fit(adapter_name, gradients.pop(name))
+
+
+def layers_to_fit(model: nn.Module, adapter_name: str = "default") -> dict[str, RotatedLayer]:
+    """The layers, by name, in which an adapter starts from gradients, see :func:`fit_supports`."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, RotatedLayer)
+        and adapter_name in module.scaling
+        and module.needs_gradient(adapter_name)
+    }
 
 
 def _gradients(

@@ -42,8 +42,8 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor
 
     Raises:
         UserError: there is no such adapter, it is merged, its method is another one, it changes what a LoRA
-            does not (magnitudes, biases, modules_to_save), or it is on a dilated convolution, which peft's LoRA
-            layers get wrong.
+            does not (magnitudes, biases, modules_to_save), or it is on a convolution that peft's LoRA layers
+            get wrong, because it is dilated or pads with other values than zeros.
     """
     base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
     config = getattr(base, "peft_config", {}).get(adapter_name)
@@ -72,12 +72,23 @@ def _low_rank_delta(path: str, layer: BaseTunerLayer, adapter_name: str) -> tupl
     if layer.merged:
         raise UserError(f"{path} has merged adapters, which hide its own weights: unmerge them first.")
     base = layer.get_base_layer()
-    if isinstance(base, nn.Conv2d) and base.kernel_size != (1, 1) and base.dilation != (1, 1):
-        raise UserError(
-            f"{path} is a dilated convolution, which peft's LoRA layers do not follow: merge the adapter into the "
-            "base model instead."
-        )
+    if isinstance(base, nn.Conv2d):
+        _check_convolution(path, base)
     return layer.low_rank_delta(adapter_name)
+
+
+def _check_convolution(path: str, base: nn.Conv2d) -> None:
+    """Raise UserError where peft's LoRA layer, which has the base's kernel, stride and padding only, differs."""
+    kind = ""
+    if base.kernel_size != (1, 1) and base.dilation != (1, 1):
+        kind = "dilated convolution"
+    elif base.padding_mode != "zeros" and any(base._reversed_padding_repeated_twice):  # of "same", too
+        kind = f"convolution with {base.padding_mode} padding"
+    if kind:
+        raise UserError(
+            f"{path} is a {kind}, which peft's LoRA layers do not follow: merge the adapter into the base model "
+            "instead."
+        )
 
 
 def lora_config(state: Mapping[str, Tensor]) -> LoraConfig:

@@ -22,7 +22,7 @@ from loco_diffusion.adapters.tuner import AdapterModel
 TOP, THRESHOLD = 10, 0.5  # of the paper on intruder dimensions
 _NAME = "adapter"
 # The parameters that tell how many channels a side has, and the dimension that does.
-_CHANNELS: dict[str, tuple[Side, int]] = {
+CHANNELS: dict[str, tuple[Side, int]] = {
     "loco_u": ("input", 1),
     "loco_m": ("input", 0),
     "loco_u_out": ("output", 1),
@@ -93,7 +93,7 @@ def rotations_of(method: PeftConfig, weights: Mapping[str, Tensor]) -> Iterator[
     for path, parameters in layers_of(method, weights).items():
         channels = {
             side: parameters[kind].shape[dimension]
-            for kind, (side, dimension) in _CHANNELS.items()
+            for kind, (side, dimension) in CHANNELS.items()
             if kind in parameters
         }
         if not channels:

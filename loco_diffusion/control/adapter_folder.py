@@ -8,7 +8,7 @@ import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from safetensors.torch import save_file
@@ -29,6 +29,9 @@ from loco_diffusion.adapters.peft_folder import (
 from loco_diffusion.control.adapter import Route
 from loco_diffusion.control.encoder import EncoderConfig, TokensConfig
 from loco_diffusion.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 CONTROL_FILE = "control_config.json"
 ENCODER_FILE = "control_encoder.safetensors"
@@ -93,6 +96,18 @@ def check_base(folder: Path, trained: BaseDescription, present: BaseDescription)
     raise UserError(
         f"The adapter in {folder} was trained for a model with {theirs}{source}, this pipeline has {ours}; "
         "load the base model it belongs to."
+    )
+
+
+def check_denoiser(folder: Path, trained: BaseDescription, denoiser: ModelMixin) -> None:
+    """As `check_base` of a denoiser without its pipeline, by those of the numbers that are in its own config."""
+    present = {name: denoiser.config.get(name) for name in trained.config}
+    present = {name: number for name, number in present.items() if isinstance(number, int)}
+    shared = {name: trained.config[name] for name in present}
+    check_base(
+        folder,
+        trained.model_copy(update={"config": shared}),
+        BaseDescription(denoiser=type(denoiser).__name__, config=present),
     )
 
 

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from loco_diffusion.adapters.combine import Combination, merge_adapters
-from loco_diffusion.adapters.loco.config import LoCOConfig
 from loco_diffusion.adapters.peft_folder import PeftFolder
 from loco_diffusion.control.adapter_folder import AdapterFolder, ControlConfig
 from loco_diffusion.control.encoder import EncoderConfig
-from loco_diffusion.control.layers import method_name
 from loco_diffusion.errors import UserError
 
 
@@ -24,21 +22,15 @@ def merge_folders(contents: Sequence[PeftFolder], how: Combination, strengths: S
     exactly. So "compose" gives what a controller gives that has the same map and strength for each.
 
     Args:
-        contents: one or more LoCO adapters of the same base, all with a condition encoder or all without.
+        contents: one or more adapters of the same base, all LoCO or all LOFT, and all with a condition encoder
+            or all without.
         how: "compose" or "lie".
         strengths: one for each.
 
     Raises:
         UserError: the adapters are for different conditions or bases, or what `merge_adapters` refuses.
     """
-    adapters = []
-    for content in contents:
-        if not isinstance(content.method, LoCOConfig):
-            raise UserError(
-                f"Only LoCO adapters can be merged into one, but one of them is {method_name(content.method)}: "
-                "load the adapters together instead, or fuse each into the base model."
-            )
-        adapters.append((content.method, content.adapter))
+    adapters = [(content.method, content.adapter) for content in contents]
     controlled = [content for content in contents if isinstance(content, AdapterFolder)]
     if not controlled:
         return PeftFolder(*merge_adapters(adapters, how, strengths))

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from loco_diffusion.adapters.calibration import NUM_BATCHES, fit_supports, layers_to_fit
 from loco_diffusion.bases import load_base
 from loco_diffusion.conditions import get_condition
+from loco_diffusion.control import layers
 from loco_diffusion.control.family import family_of
 from loco_diffusion.errors import UserError
 from loco_diffusion.training.build import build_controller, build_schedule, build_source
@@ -86,7 +89,9 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
         _move([denoiser], accelerator.device)
         denoiser.train()
         training = _Training(config, accelerator, controller, examples, output, identity)
-        if checkpoint is not None:
+        if checkpoint is None:
+            training.fit()
+        else:
             training.load(checkpoint)
         training.run(progress)
     denoiser.eval()
@@ -124,7 +129,8 @@ class _Training:
         self.parameters: dict[str, list[nn.Parameter]] = controller.trainable_parameters(config.condition)
         for parameter in self.flat_parameters:  # the optimizer wants them where they will stay
             parameter.data = parameter.data.to(accelerator.device)
-        self.initial = {name: [p.detach().clone() for p in group] for name, group in self.parameters.items()}
+        self.initial = self._copies()
+        self.fitted: dict[str, Tensor] = {}  # what `fit` made of the adapter; no seed gives it again
         self.optimizer = accelerator.prepare(self._make_optimizer())
         self.schedule = build_schedule(config, self.denoiser)
         self.step = 0
@@ -137,6 +143,28 @@ class _Training:
     def flat_parameters(self) -> list[nn.Parameter]:
         """All that is trained."""
         return [parameter for group in self.parameters.values() for parameter in group]
+
+    def fit(self) -> None:
+        """Choose where a new adapter turns, if its method does that from gradients.
+
+        The condition has no part in it: at the start its encoder gives zeros.
+        """
+        name = self.config.condition
+        if not layers_to_fit(self.denoiser, name):
+            return
+        batches = (self.examples.encode(self._load_batch(number)) for number in range(NUM_BATCHES))
+        fit_supports(self.denoiser, lambda _, batch: self._loss(batch), batches, name)
+        weights = layers.weights_of(self.denoiser, name)
+        # Each process has seen its own examples.
+        self._begin_at({path: broadcast(tensor.contiguous()).clone() for path, tensor in weights.items()})
+
+    def _begin_at(self, fitted: dict[str, Tensor]) -> None:
+        layers.set_weights(self.denoiser, self.config.condition, fitted)
+        self.fitted = fitted
+        self.initial = self._copies()
+
+    def _copies(self) -> dict[str, list[Tensor]]:
+        return {name: [p.detach().clone() for p in group] for name, group in self.parameters.items()}
 
     def run(self, progress: Progress) -> None:
         """Take all steps that are left, with checkpoints, and save the last one."""
@@ -215,21 +243,25 @@ class _Training:
         return total
 
     def _backward(self, batch: Batch) -> Tensor:
-        """Flow-matching loss (Lipman et al. 2023, arXiv 2210.02747) and its gradient.
+        """The loss of a batch, and its gradient."""
+        # The backward pass belongs into the context, where recomputed layers find the same condition.
+        with self.controller({self.config.condition: batch.maps}, keep=batch.keep):
+            loss = self._loss(batch)
+            self.accelerator.backward(loss / self.config.accumulation)
+        return loss.detach()
+
+    def _loss(self, batch: Batch) -> Tensor:
+        """Flow-matching loss (Lipman et al. 2023, arXiv 2210.02747).
 
         At (1 - sigma) latents + sigma noise, the velocity noise - latents is to be predicted.
         """
         sigmas = batch.sigmas.view(-1, *[1] * (batch.latents.ndim - 1))
         noisy = (1 - sigmas) * batch.latents + sigmas * batch.noise
-        # The backward pass belongs into the context, where recomputed layers find the same condition.
-        with self.controller({self.config.condition: batch.maps}, keep=batch.keep):
-            with self.accelerator.autocast():
-                velocity = self.family.predict(
-                    self.denoiser, noisy, batch.sigmas, batch.text, guidance=self.config.guidance
-                )
-            loss = nn.functional.mse_loss(velocity.float(), batch.noise - batch.latents)
-            self.accelerator.backward(loss / self.config.accumulation)
-        return loss.detach()
+        with self.accelerator.autocast():
+            velocity = self.family.predict(
+                self.denoiser, noisy, batch.sigmas, batch.text, guidance=self.config.guidance
+            )
+        return nn.functional.mse_loss(velocity.float(), batch.noise - batch.latents)
 
     def _average_gradients(self) -> None:
         """Over processes, in one message: adapters are small, and the denoiser's hooks stay free of DDP's."""
@@ -300,6 +332,7 @@ class _Training:
             tensors: dict[str, Tensor] = {"loss_sum": self.loss_sum}
             for name, group in self.parameters.items():
                 tensors |= {f"{name}.{i}": parameter for i, parameter in enumerate(group)}
+            tensors |= {f"fitted.{name}": tensor for name, tensor in self.fitted.items()}
             tensors |= optimizer_tensors(self.optimizer.optimizer, "optimizer")
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}
             state = {**self.identity, "losses": self.losses, "scaler": scaler}
@@ -313,6 +346,9 @@ class _Training:
             UserError: it is damaged.
         """
         tensors, state = load_checkpoint(checkpoint)
+        fitted = {n.removeprefix("fitted."): t for n, t in tensors.items() if n.startswith("fitted.")}
+        if fitted:
+            self._begin_at(fitted)
         try:
             with torch.no_grad():
                 for name, group in self.parameters.items():

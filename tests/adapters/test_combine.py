@@ -1,7 +1,8 @@
-"""Merged chains and adapters against the product of the rotations and the sum of the generators."""
+"""Merged rotations and adapters against the product of the rotations and the sum of the generators."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -13,8 +14,12 @@ from hypothesis import strategies as st
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from loco_diffusion.adapters import LoCOConfig
-from loco_diffusion.adapters.combine import Chain, Combination, Weights, compose, lie, merge_adapters
+from loco_diffusion.adapters import LoCOConfig, LOFTConfig
+from loco_diffusion.adapters.combine import Combination, Weights, merge_adapters
+from loco_diffusion.adapters.config import AdapterConfig
+from loco_diffusion.adapters.loco.combine import Chain, compose, lie
+from loco_diffusion.adapters.loft import combine as turns
+from loco_diffusion.adapters.loft.layer import cayley_core, skew_matrix
 from loco_diffusion.errors import UserError
 from loco_diffusion.rotations import ROTATION_MAPS, RotationMap, chain, dense, skew
 
@@ -62,12 +67,70 @@ def test_half_precision_factors_are_merged_in_float32(merge: Merge) -> None:
 
 
 @pytest.mark.parametrize("merge", [compose, lie])
-def test_what_does_not_fit_is_refused(merge: Merge) -> None:
-    small, large = ((torch.zeros(1, n, 2), torch.zeros(1, n, 2), 1.0) for n in (8, 16))
-    with pytest.raises(UserError, match="of 8 and 16 dimensions"):
-        merge([large, small])
+def test_more_directions_than_there_are_are_refused(merge: Merge) -> None:
     with pytest.raises(UserError, match="12 directions .* the 8 of the layer"):
-        merge([small] * 3)
+        merge([(torch.zeros(1, 8, 2), torch.zeros(1, 8, 2), 1.0)] * 3)
+
+
+# LOFT's rotations.
+
+
+def turn(r: int, scale: float, generator: torch.Generator) -> turns.Turn:
+    basis = torch.linalg.qr(torch.randn(SIZE, r, dtype=torch.float64, generator=generator)).Q
+    return basis, 0.05 * torch.randn(r * (r - 1) // 2, dtype=torch.float64, generator=generator), scale
+
+
+def dense_skew(basis: Tensor, entries: Tensor, scale: float = 1.0) -> Tensor:
+    return basis @ skew_matrix(scale * entries) @ basis.mT
+
+
+def dense_turn(basis: Tensor, entries: Tensor, scale: float = 1.0) -> Tensor:
+    return dense(basis, cayley_core(skew_matrix(scale * entries)))
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(st.tuples(st.integers(2, 20), st.sampled_from([1.0, -0.3, 0.0])), min_size=1, max_size=4),
+    st.booleans(),
+    st.integers(0, 2**16),
+)
+def test_loft_rotations_are_merged_in_their_joint_span(
+    sizes: list[tuple[int, float]], twice: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    given_turns = [turn(r, scale, generator) for r, scale in sizes]
+    if twice:  # a support that two adapters share is not counted twice
+        given_turns.append((given_turns[0][0], -given_turns[0][1] / 2, 1.0))
+    width = min(sum(r for r, _ in sizes), SIZE)
+    product = torch.eye(SIZE, dtype=torch.float64)
+    for part in given_turns:
+        product = product @ dense_turn(*part)
+    for merge, expected, form in (
+        (turns.compose, product, dense_turn),
+        (turns.lie, sum(dense_skew(*part) for part in given_turns), dense_skew),
+    ):
+        basis, entries = merge(given_turns)
+        assert basis.shape == (SIZE, width) and entries.dtype == torch.float64
+        torch.testing.assert_close(form(basis, entries), expected, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("angle", [90.0, 90.5])
+def test_half_a_turn_has_no_cayley_transform(angle: float) -> None:
+    """Two rotations of one plane that add up to it, or nearly."""
+    scale = 2 * math.tan(math.radians(angle) / 2)
+    part = torch.eye(SIZE)[:, :3], torch.tensor([1.0, 0.0, 0.0]), scale
+    with pytest.raises(UserError, match="half a turn .* lower their strengths, or choose lie"):
+        turns.compose([part, part])
+    near, away = (turns.compose([part, (*part[:2], factor * scale)]) for factor in (0.95, -1.0))
+    torch.testing.assert_close(dense_turn(*away), torch.eye(SIZE))
+    torch.testing.assert_close(
+        dense_turn(*near), dense_turn(*part) @ dense_turn(*part[:2], 0.95 * scale), atol=1e-5, rtol=0
+    )
+    basis, entries = turns.lie([part, part])
+    torch.testing.assert_close(dense_skew(basis, entries), dense_skew(*part) * 2)
+
+
+# Adapters.
 
 
 class Net(nn.Module):
@@ -85,7 +148,7 @@ def config(**changes: Any) -> LoCOConfig:
     return LoCOConfig(**{**settings, "init_weights": False, **changes})
 
 
-def loaded(adapters: Sequence[tuple[LoCOConfig, Weights]], strengths: Sequence[float]) -> Tensor:
+def loaded(adapters: Sequence[tuple[AdapterConfig, Weights]], strengths: Sequence[float]) -> Tensor:
     """What a network with these adapters active in this order gives."""
     torch.manual_seed(0)
     model = get_peft_model(Net(), adapters[0][0], adapter_name="a0").eval()
@@ -103,9 +166,16 @@ def loaded(adapters: Sequence[tuple[LoCOConfig, Weights]], strengths: Sequence[f
         return model(torch.randn(2, 24, 4, 4, generator=torch.Generator().manual_seed(1)))
 
 
-def adapter(seed: int, **changes: Any) -> tuple[LoCOConfig, Weights]:
+def loft_config(**changes: Any) -> LOFTConfig:
+    settings = {"r": 5, "target_modules": ["conv", "linear"], "init_weights": False}
+    return LOFTConfig(**{**settings, **changes})
+
+
+def adapter(
+    seed: int, make: Callable[..., AdapterConfig] = config, **changes: Any
+) -> tuple[AdapterConfig, Weights]:
     torch.manual_seed(seed)
-    made = config(**changes)
+    made = make(**changes)
     state = get_peft_model_state_dict(get_peft_model(Net(), made))
     return made, {name.removeprefix("base_model.model."): tensor for name, tensor in state.items()}
 
@@ -125,6 +195,27 @@ def test_composed_adapters_do_what_they_do_together(side: str, map: RotationMap)
     torch.testing.assert_close(loaded([merged], [1.0]), expected, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(loaded(adapters[::-1], strengths[::-1]), expected, atol=1e-2)
     assert not torch.allclose(loaded(adapters, [0.0] * 3), expected, atol=1e-2)
+
+
+def test_composed_loft_adapters_do_what_they_do_together() -> None:
+    adapters = [
+        adapter(1, loft_config, support="random"),
+        adapter(2, loft_config, r=4, rank_pattern={"conv": 3}),
+        adapter(3, loft_config, support="coordinate"),
+    ]
+    strengths = [1.0, -0.5, 0.7]
+    merged = merge_adapters(adapters, "compose", strengths)
+    assert (merged[0].r, merged[0].rank_pattern) in ((13, {"^linear": 14}), (14, {"^conv": 13}))
+    expected = loaded(adapters, strengths)
+    torch.testing.assert_close(loaded([merged], [1.0]), expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(loaded(adapters[::-1], strengths[::-1]), expected, atol=1e-3)
+
+
+def test_a_lie_sum_of_loft_adapters_adds_what_they_have_learned() -> None:
+    one = adapter(1, loft_config)
+    merged = merge_adapters([one, one], "lie", [0.5, 1.5])
+    assert merged[0].r == 5
+    torch.testing.assert_close(loaded([merged], [1.0]), loaded([one], [2.0]), atol=1e-5, rtol=1e-4)
 
 
 def test_a_lie_sum_adds_rotations_of_one_plane_and_magnitudes() -> None:
@@ -152,6 +243,47 @@ def test_a_lie_sum_adds_rotations_of_one_plane_and_magnitudes() -> None:
 def test_adapters_that_differ_are_refused(changes: dict[str, Any], how: Combination, message: str) -> None:
     with pytest.raises(UserError, match=message):
         merge_adapters([adapter(1), adapter(2, **changes)], how, [1.0, 1.0])
+
+
+class Wider(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(24, 40, 3)
+        self.linear = nn.Linear(40, 24)
+
+
+@pytest.mark.parametrize("make", [config, loft_config])
+def test_layers_of_different_shapes_are_named(make: Callable[..., AdapterConfig]) -> None:
+    wide = get_peft_model_state_dict(get_peft_model(Wider(), make()))
+    other = make(), {name.removeprefix("base_model.model."): tensor for name, tensor in wide.items()}
+    one = adapter(1, make)
+    with pytest.raises(UserError, match="in their order, linear has 28, 28, 40 inputs; merge adapters of"):
+        merge_adapters([one, one, other], "lie", [1.0, 1.0, 1.0])
+
+
+def test_a_magnitude_of_another_shape_is_named() -> None:
+    one, other = adapter(1, magnitude=True), adapter(2, magnitude=True)
+    wide = {**other[1], "linear.loco_m_out": torch.zeros(30)}
+    with pytest.raises(UserError, match="linear has 24, 30 outputs"):
+        merge_adapters([one, (other[0], wide)], "lie", [1.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"free": True}, "Free LOFT adapters"),
+        ({"support": "skew", "r": 4}, "chosen from gradients: call"),
+        ({"target_modules": ["conv"]}, "only one of them has linear.loft_basis"),
+    ],
+)
+def test_loft_adapters_that_cannot_be_merged(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        merge_adapters([adapter(1, loft_config), adapter(2, loft_config, **changes)], "lie", [1.0, 1.0])
+
+
+def test_one_adapter_has_one_method() -> None:
+    with pytest.raises(UserError, match="these are LOFT and LoCO"):
+        merge_adapters([adapter(1), adapter(2, loft_config)], "compose", [1.0, 1.0])
 
 
 def test_magnitudes_cannot_be_composed() -> None:

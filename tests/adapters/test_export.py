@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline, UNet2DConditionModel
+from diffusers import FluxPipeline, StableDiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftConfig, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from loco_diffusion.adapters import LoCAConfig, LoCOConfig, LOFTConfig
@@ -80,26 +82,31 @@ def test_peft_computes_the_same_from_the_lora(method: str, strength: float) -> N
     assert relative_error(lora(pictures()), expected) < 1e-5
 
 
-def unet() -> UNet2DConditionModel:
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 16),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=16,
-        attention_head_dim=8,
-        norm_num_groups=4,
-    ).eval()
+def check_in_a_pipeline(
+    pipe: Any, component: str, run: Callable[[], Tensor], config: PeftConfig, folder: Path
+) -> dict[str, Tensor]:
+    """The same outputs from a state dict for the denoiser, and from a file for the pipeline."""
+    denoiser = getattr(pipe, component)
+    stock = run()
+    denoiser.add_adapter(config, "mine")
+    expected = run()
+    assert relative_error(stock, expected) > 0.01
+    state = to_lora(denoiser, "mine")
+    denoiser.delete_adapters("mine")
+    assert torch.equal(run(), stock)
+    denoiser.load_lora_adapter(state, prefix=None, adapter_name="lora")
+    assert relative_error(run(), expected) < 1e-5
+    pipe.unload_lora_weights()
+    assert torch.equal(run(), stock)
 
-
-def run_unet(model: UNet2DConditionModel) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        return model(
-            torch.randn(1, 4, 8, 8, generator=generator), 5, torch.randn(1, 3, 16, generator=generator)
-        ).sample
+    write_lora_file(folder / "new" / "lora.safetensors", state, component)
+    assert [path.name for path in (folder / "new").iterdir()] == ["lora.safetensors"]
+    pipe.load_lora_weights(folder / "new", weight_name="lora.safetensors")
+    assert relative_error(run(), expected) < 1e-5
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    assert relative_error(run(), expected) < 1e-5
+    return state
 
 
 @pytest.mark.parametrize(
@@ -109,17 +116,20 @@ def run_unet(model: UNet2DConditionModel) -> Tensor:
         LOFTConfig(r=6, init_weights=False),
     ],
 )
-def test_diffusers_computes_the_same_in_a_unet(config: PeftConfig) -> None:
+def test_diffusers_computes_the_same_in_a_unet(
+    stable_diffusion: StableDiffusionPipeline, config: PeftConfig, tmp_path: Path
+) -> None:
+    """Of linear layers and convolutions."""
     config.target_modules = ["to_q", "to_v", "ff.net.2", "conv1", "conv_shortcut", "downsamplers.0.conv"]
-    model = unet()
-    inject_adapter_in_model(config, model)
-    expected = run_unet(model)
-    state = to_lora(model)
+    generator = torch.Generator().manual_seed(1)
+    latents, text = (torch.randn(shape, generator=generator) for shape in ((1, 4, 8, 8), (1, 3, 32)))
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return stable_diffusion.unet(latents, 5, text).sample
+
+    state = check_in_a_pipeline(stable_diffusion, "unet", run, config, tmp_path)
     assert {tensor.dim() for tensor in state.values()} == {2, 4}
-    stock = unet()
-    assert relative_error(run_unet(stock), expected) > 0.01
-    stock.load_lora_adapter(state, prefix=None)
-    assert relative_error(run_unet(stock), expected) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -132,7 +142,6 @@ def test_diffusers_computes_the_same_in_a_unet(config: PeftConfig) -> None:
     ],
 )
 def test_diffusers_computes_the_same_in_flux(flux: FluxPipeline, config: PeftConfig, tmp_path: Path) -> None:
-    """As a state dict for the transformer, and as a file for the pipeline."""
     arguments = {
         "hidden_states": torch.randn(1, 4, 64),
         "encoder_hidden_states": torch.randn(1, 3, 32),
@@ -146,25 +155,7 @@ def test_diffusers_computes_the_same_in_flux(flux: FluxPipeline, config: PeftCon
         with torch.no_grad():
             return flux.transformer(**arguments).sample
 
-    stock = run()
-    flux.transformer.add_adapter(config, "mine")
-    expected = run()
-    assert relative_error(stock, expected) > 0.01
-    state = to_lora(flux.transformer, "mine")
-    flux.transformer.delete_adapters("mine")
-    assert torch.equal(run(), stock)
-    flux.transformer.load_lora_adapter(state, prefix=None, adapter_name="lora")
-    assert relative_error(run(), expected) < 1e-5
-    flux.unload_lora_weights()
-    assert torch.equal(run(), stock)
-
-    write_lora_file(tmp_path / "new" / "lora.safetensors", state, "transformer")
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["lora.safetensors"]
-    flux.load_lora_weights(tmp_path / "new", weight_name="lora.safetensors")
-    assert relative_error(run(), expected) < 1e-5
-    flux.fuse_lora()
-    flux.unload_lora_weights()
-    assert relative_error(run(), expected) < 1e-5
+    check_in_a_pipeline(flux, "transformer", run, config, tmp_path)
 
 
 def test_it_is_exact_on_half_precision_weights() -> None:
@@ -232,10 +223,36 @@ def test_what_no_lora_holds_is_refused(case: str) -> None:
         to_lora(get_peft_model(net(), config))
 
 
-def test_what_is_dilated_not_there_or_merged_is_refused() -> None:
-    dilated = nn.Sequential(nn.Conv2d(8, 8, 3, dilation=2))
-    with pytest.raises(UserError, match="0 is a dilated convolution"):
-        to_lora(get_peft_model(dilated, LoCOConfig(r=1, num_rotations=1, target_modules=["0"])))
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kernel_size": 3, "dilation": 2}, "0 is a dilated convolution"),
+        ({"kernel_size": 3, "padding": 1, "padding_mode": "circular"}, "with circular padding"),
+        ({"kernel_size": (1, 3), "padding": "same", "padding_mode": "reflect"}, "with reflect padding"),
+        ({"kernel_size": 1, "padding": 2, "padding_mode": "replicate"}, "with replicate padding"),
+        ({"kernel_size": 1, "padding": 1, "dilation": 2}, None),
+        ({"kernel_size": 3, "padding": "same", "padding_mode": "zeros"}, None),
+        ({"kernel_size": 3, "padding_mode": "circular"}, None),
+        ({"kernel_size": 1, "padding": "same", "padding_mode": "reflect"}, None),
+    ],
+)
+def test_convolutions_are_followed_or_refused(settings: dict[str, Any], message: str | None) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv2d(8, 6, **settings))
+    stock, x = copy.deepcopy(base), torch.randn(1, 8, 5, 5)
+    config = LoCOConfig(r=1, num_rotations=2, side="both", init_weights=False, target_modules=["0"])
+    model = get_peft_model(base, config).eval()
+    if message:
+        with pytest.raises(UserError, match=message):
+            to_lora(model)
+        return
+    state = to_lora(model)
+    lora = get_peft_model(stock, lora_config(state)).eval()
+    set_peft_model_state_dict(lora, {f"base_model.model.{k}": v for k, v in state.items()})
+    assert relative_error(lora(x), model(x)) < 1e-5
+
+
+def test_what_is_not_there_or_merged_is_refused() -> None:
     with pytest.raises(UserError, match="no adapter 'default'"):
         to_lora(net())
     model = get_peft_model(net(), METHODS["input"])

@@ -77,7 +77,7 @@ def test_what_does_not_belong_together_is_refused(saved: list[AdapterFolder]) ->
         (changed(second, base=base), "different base models .*dev"),
         (changed(second, encoder=EncoderConfig("latents")), "read different things .pixels and latents."),
         (PeftFolder(second.method, second.adapter), "Only some of the adapters have a condition encoder"),
-        (replace(second, method=LoraConfig(r=1)), "one of them is LORA"),
+        (replace(second, method=LoraConfig(r=1)), "these are LoCO and Lora"),
         (replace(second, encoder={}), "does not match its configuration"),
     ):
         with pytest.raises(UserError, match=message):

@@ -127,14 +127,16 @@ def test_loca_learns_locations_in_turn_at_the_start(make: Any) -> None:
             "timesteps": {"sampling": "uniform", "shift": 2},
             "mixed_precision": "bf16",
         },
+        {"adapter": {"options": {"r": 2, "num_rotations": 2, "init": "skew"}}},
+        {"adapter": {"method": "loft", "options": {"r": 4, "support": "gradient"}}},
     ],
-    ids=["loco", "lora-on-the-fly"],
+    ids=["loco", "lora-on-the-fly", "loco-skew", "loft-gradient"],
 )
 def test_resumed_equals_uninterrupted(make: Any, fields: dict[str, Any]) -> None:
     config = make(**fields)
     train(config)
     expected, log = _weights(config), _log(config)
-    assert log[0]["cached"] == (not fields)
+    assert log[0]["cached"] == ("cache_gigabytes" not in fields)
     for kill_after in (3, 1):  # 1 and 3 lie between two lines of the log
         shutil.rmtree(Path(config.output) / "adapter")
         for checkpoint in _checkpoints(config)[kill_after:]:
@@ -143,8 +145,23 @@ def test_resumed_equals_uninterrupted(make: Any, fields: dict[str, Any]) -> None
         resumed = _weights(config)
         assert resumed.keys() == expected.keys()
         assert all(torch.equal(resumed[name], expected[name]) for name in expected)
-        losses = [line.get("loss") for line in _log(config)]
-        assert losses == [line.get("loss") for line in log]
+        for line, before in zip(_log(config), log, strict=True):
+            assert line.keys() == before.keys()
+            assert {k for k in line if line[k] != before[k]} <= {"images_per_second", "time"}
+
+
+def test_planes_are_fitted_before_the_first_step(make: Any) -> None:
+    config = make(adapter={"options": {"r": 2, "num_rotations": 2, "init": "skew"}})
+    train(config)
+    tensors = load_checkpoint(_checkpoints(config)[0])[0]
+    planes = [t for name, t in tensors.items() if name.startswith("fitted.") and name.endswith("loco_u")]
+    assert len(planes) == 11
+    for u in planes:  # random ones are not orthogonal to each other
+        columns = u.transpose(0, 1).flatten(1)
+        torch.testing.assert_close(columns.mT @ columns, torch.eye(4), atol=1e-5, rtol=0)
+    plain = make("plain", steps=1)
+    train(plain)
+    assert not any(name.startswith("fitted.") for name in load_checkpoint(_checkpoints(plain)[0])[0])
 
 
 def test_seeds_and_only_seeds_change_the_result(make: Any) -> None:

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Up to this length a product with the DCT matrix, made on the spot, is taken to be faster than the dozen
-# passes over the data that a transform by FFT consists of; benchmarks/dct_speed.py measures both.
-MATRIX_LENGTH = 128
+# Up to this length a product with the DCT matrix, made on the spot, is faster than the dozen passes over the data
+# that a transform by FFT consists of (benchmarks/dct_speed.py: at 128 no more). Its rows from 192 to 768 were
+# measured on a busy processor and do not settle what is faster there.
+MATRIX_LENGTH = 96
 
 
 class Entries(NamedTuple):

@@ -72,7 +72,8 @@ class LoCOConfig(AdapterConfig):
         default="random",
         metadata={
             "help": 'The planes to start from: "random", or "skew", those in which turning changes the loss '
-            "fastest. Those are random, too, until calibration.fit_supports has seen a few batches."
+            "fastest. Those are random, too, until calibration.fit_supports has seen a few batches; "
+            "loco-diffusion train calls it."
         },
     )
     init_weights: bool = field(

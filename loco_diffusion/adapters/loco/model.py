@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from loco_diffusion.adapters.combine import COMBINATIONS, Combination, merge_adapters
-from loco_diffusion.adapters.loco.config import LoCOConfig
 from loco_diffusion.adapters.loco.layer import Conv2d, Linear, LoCOLayer
 from loco_diffusion.adapters.tuner import AdapterModel
 from loco_diffusion.errors import UserError
@@ -51,9 +49,7 @@ class LoCOModel(AdapterModel):
             raise UserError(
                 f"combination_type must be one of {', '.join(COMBINATIONS)}, got {combination_type!r}."
             )
-        parts = [
-            (cast(LoCOConfig, self.peft_config[name]), dict(self._weights_of(name))) for name in adapters
-        ]
+        parts = [(self.peft_config[name], dict(self._weights_of(name))) for name in adapters]
         config, merged = merge_adapters(parts, combination_type, weights)
         self.peft_config[adapter_name] = config
         self.inject_adapter(self.model, adapter_name)

@@ -37,7 +37,7 @@ class LOFTConfig(AdapterConfig):
             "help": 'The subspace: "principal" (top right singular vectors of the weight), "gradient" (of the '
             'loss\'s gradient), "skew" (the planes in which turning changes the loss fastest; r even), "random", '
             '"coordinate", "householder" or "butterfly". "gradient" and "skew" are chosen by '
-            "calibration.fit_supports, before training."
+            "calibration.fit_supports, before training; loco-diffusion train calls it."
         },
     )
     free: bool = field(

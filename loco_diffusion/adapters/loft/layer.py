@@ -123,7 +123,8 @@ class LOFTLayer(RotatedLayer):
         parameter = self._parameter(adapter)
         parameter = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
         with torch.autocast(parameter.device.type, enabled=False):
-            core = (_free_core if adapter in self.loft_matrix else _cayley_core)(parameter, scale)
+            free = adapter in self.loft_matrix
+            core = _free_core(parameter, scale) if free else cayley_core(skew_matrix(scale * parameter))
         return self.loft_basis[adapter].to(core), core
 
     def _not_fitted(self, adapter: str) -> UserError:
@@ -154,13 +155,17 @@ class Conv2d(LOFTLayer):
     """Any ungrouped 2-d convolution."""
 
 
-def _cayley_core(entries: Tensor, scale: float) -> Tensor:
-    """R - I = (I - A/2)^-1 A, R = (I - A/2)^-1 (I + A/2), for the skew A whose upper part is scale * entries."""
-    size = math.isqrt(2 * len(entries)) + 1  # r from r (r - 1) / 2
+def skew_matrix(entries: Tensor) -> Tensor:
+    """The skew matrix A: (r, r) whose part above the diagonal is this, row by row: (r (r - 1) / 2,)."""
+    size = math.isqrt(2 * len(entries)) + 1
     rows, columns = torch.triu_indices(size, size, 1, device=entries.device)
-    upper = entries.new_zeros(size, size).index_put((rows, columns), scale * entries)
-    skew = upper - upper.mT
-    eye = torch.eye(size, dtype=skew.dtype, device=skew.device)
+    upper = entries.new_zeros(size, size).index_put((rows, columns), entries)
+    return upper - upper.mT
+
+
+def cayley_core(skew: Tensor) -> Tensor:
+    """R - I = (I - A/2)^-1 A for the Cayley transform R = (I - A/2)^-1 (I + A/2) of a skew A: (r, r)."""
+    eye = torch.eye(len(skew), dtype=skew.dtype, device=skew.device)
     # never singular; solve_ex does not look at the error code, hence does not wait for the device
     return torch.linalg.solve_ex(eye - skew / 2, skew).result
 
