@@ -9,7 +9,7 @@ from torch import nn
 from loco_diffusion.adapters import LocationSchedule, default_target_modules
 from loco_diffusion.adapters.targets import DENOISERS, PRESETS
 from loco_diffusion.control.controller import Controller
-from loco_diffusion.control.encoder import EncoderConfig
+from loco_diffusion.control.encoder import EncoderConfig, TokensConfig
 from loco_diffusion.control.family import family_of
 from loco_diffusion.data.sources import DatasetSource, FolderSource, SceneSource, Source
 from loco_diffusion.errors import UserError
@@ -40,7 +40,7 @@ def build_controller(config: TrainingConfig, pipe: DiffusionPipeline) -> Control
             take the adapter.
     """
     family = family_of(pipe)
-    token = family.token_pixels(pipe)
+    token = family.token_pixels(pipe) * (config.tokens.stride if config.tokens else 1)
     if config.data.size % token:
         raise UserError(
             f"data.size is {config.data.size}, but this base needs a multiple of {token}; "
@@ -61,7 +61,8 @@ def build_controller(config: TrainingConfig, pipe: DiffusionPipeline) -> Control
         config.condition,
         config.adapter.peft_config(targets),
         condition=config.condition,
-        encoder=EncoderConfig(input=config.encoder.input, hidden_size=config.encoder.hidden_size),
+        encoder=None if config.tokens else EncoderConfig(**config.encoder.model_dump()),
+        tokens=TokensConfig(**config.tokens.model_dump()) if config.tokens else None,
     )
     return controller
 

@@ -40,6 +40,19 @@ class EncoderSettings(Settings):
     hidden_size: int = Field(default=256, ge=1, description="Width between its two layers.")
 
 
+class TokensSettings(Settings):
+    """The tokens route."""
+
+    stride: int = Field(
+        default=1,
+        ge=1,
+        description="Tokens of the picture, along a side, that one of the condition stands for.",
+    )
+    joint: bool = Field(
+        default=False, description="Whether the condition's tokens see the picture (FLUX.1 only)."
+    )
+
+
 class AdapterSettings(Settings):
     """The adapter in the denoiser's linear layers, of any method that peft knows."""
 
@@ -148,7 +161,12 @@ class TrainingConfig(Settings):
         description="Captioned pictures, by source: scenes, folder or dataset. Captions are cut to what the "
         "base's text encoders read.",
     )
-    encoder: EncoderSettings = Field(default=EncoderSettings(), description="The control-condition encoder.")
+    encoder: EncoderSettings = Field(
+        default=EncoderSettings(), description="The control-condition encoder, of the encoder route."
+    )
+    tokens: TokensSettings | None = Field(
+        default=None, description="To take the tokens route, which has no encoder, instead: its settings."
+    )
     adapter: AdapterSettings = Field(default_factory=AdapterSettings, description="The adapter.")
     timesteps: TimestepSettings = Field(default=TimestepSettings(), description="How noise levels are drawn.")
     steps: int = Field(ge=1, description="Optimizer steps.")

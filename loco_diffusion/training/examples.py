@@ -21,7 +21,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from loco_diffusion.conditions import Condition
-from loco_diffusion.control import MapTokens, map_tokens
+from loco_diffusion.control import MapTokens, map_tokens, resize_map
 from loco_diffusion.data.sources import Source
 from loco_diffusion.errors import UserError
 from loco_diffusion.training.config import TrainingConfig
@@ -238,7 +238,7 @@ class Examples:
 
     @property
     def _reads_latents(self) -> bool:
-        return self.config.encoder.input == "latents"
+        return self.config.tokens is not None or self.config.encoder.input == "latents"
 
     def _measure(self) -> tuple[tuple[int, ...], int]:
         """Shape of an example's latents, and the bytes that a cached example takes."""
@@ -268,8 +268,12 @@ class Examples:
         return self.family.encode_pictures(self.pipe, self._to_device(pictures).float() / 255)
 
     def _map_tokens(self, maps: Tensor) -> MapTokens:
+        pictures = self._to_device(maps).float() / 255
+        if self.config.tokens is None:
+            return map_tokens(self.family, self.pipe, pictures, self.config.encoder.input)
+        sides = (side // self.config.tokens.stride for side in pictures.shape[-2:])
         return map_tokens(
-            self.family, self.pipe, self._to_device(maps).float() / 255, self.config.encoder.input
+            self.family, self.pipe, resize_map(pictures, self.config.condition, *sides), "latents"
         )
 
     @torch.no_grad()

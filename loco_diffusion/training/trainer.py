@@ -126,7 +126,8 @@ class _Training:
         self.identity = identity
         self.family = examples.family
         self.denoiser = examples.family.denoiser(examples.pipe)
-        self.parameters: dict[str, list[nn.Parameter]] = controller.trainable_parameters(config.condition)
+        groups: dict[str, list[nn.Parameter]] = controller.trainable_parameters(config.condition)
+        self.parameters = {name: group for name, group in groups.items() if group}
         for parameter in self.flat_parameters:  # the optimizer wants them where they will stay
             parameter.data = parameter.data.to(accelerator.device)
         self.initial = self._copies()
@@ -229,8 +230,8 @@ class _Training:
         # Of dropout inside adapters, which draws from the global generator.
         torch.manual_seed((config.seed << 32) + self.step * self.accelerator.num_processes + self._process)
         factor = learning_rate_factor(self.step, config.steps, config.warmup_steps, config.decay)
-        for group, peak in zip(self.optimizer.param_groups, (config.lr, config.encoder_lr), strict=True):
-            group["lr"] = peak * factor
+        for name, group in zip(self.parameters, self.optimizer.param_groups, strict=True):
+            group["lr"] = factor * (config.lr if name == "adapter" else config.encoder_lr)
         total = torch.zeros((), device=self.accelerator.device)
         for batch in batches:
             total += self._backward(batch) / config.accumulation
@@ -286,7 +287,10 @@ class _Training:
         self.loss_sum, self.losses = torch.zeros_like(self.loss_sum), 0
         if not torch.isfinite(torch.tensor(loss)):
             raise self._diverged()
-        lr, encoder_lr = (group["lr"] for group in self.optimizer.param_groups)
+        rates = {
+            "lr" if name == "adapter" else "encoder_lr": group["lr"]
+            for name, group in zip(self.parameters, self.optimizer.param_groups, strict=True)
+        }
         changed = {
             f"{name}_changed": float(
                 torch.stack(
@@ -295,8 +299,7 @@ class _Training:
             )
             for name, group in self.parameters.items()
         }
-        record = {"step": self.step, "loss": loss, "lr": lr, "encoder_lr": encoder_lr}
-        return {**record, "grad_norm": float(self.grad_norm), **changed}
+        return {"step": self.step, "loss": loss, **rates, "grad_norm": float(self.grad_norm), **changed}
 
     def _sizes(self) -> dict[str, Any]:
         trainable = {name: sum(p.numel() for p in group) for name, group in self.parameters.items()}
@@ -367,14 +370,11 @@ class _Training:
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
-        groups = [
-            {"params": self.parameters["adapter"], "lr": config.lr, "weight_decay": config.weight_decay},
-            {
-                "params": self.parameters["encoder"],
-                "lr": config.encoder_lr,
-                "weight_decay": config.encoder_weight_decay,
-            },
-        ]
+        settings = {
+            "adapter": {"lr": config.lr, "weight_decay": config.weight_decay},
+            "encoder": {"lr": config.encoder_lr, "weight_decay": config.encoder_weight_decay},
+        }
+        groups = [{"params": group, **settings[name]} for name, group in self.parameters.items()]
         fused = self.accelerator.device.type in ("cpu", "cuda")  # one kernel instead of ten a tensor
         return torch.optim.AdamW(groups, betas=config.betas, fused=fused)
 

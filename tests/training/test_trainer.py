@@ -54,6 +54,7 @@ def _weights(config: TrainingConfig) -> dict[str, torch.Tensor]:
     return {
         f"{file}.{name}": tensor
         for file in ("adapter_model", "control_encoder")
+        if (folder / f"{file}.safetensors").exists()
         for name, tensor in load_file(folder / f"{file}.safetensors").items()
     }
 
@@ -129,8 +130,10 @@ def test_loca_learns_locations_in_turn_at_the_start(make: Any) -> None:
         },
         {"adapter": {"options": {"r": 2, "num_rotations": 2, "init": "skew"}}},
         {"adapter": {"method": "loft", "options": {"r": 4, "support": "gradient"}}},
+        {"tokens": {}},
+        {"tokens": {"stride": 2, "joint": True}, "data": {"source": "scenes", "count": 5, "size": 64}},
     ],
-    ids=["loco", "lora-on-the-fly", "loco-skew", "loft-gradient"],
+    ids=["loco", "lora-on-the-fly", "loco-skew", "loft-gradient", "tokens", "joint"],
 )
 def test_resumed_equals_uninterrupted(make: Any, fields: dict[str, Any]) -> None:
     config = make(**fields)
