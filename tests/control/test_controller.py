@@ -138,6 +138,8 @@ def test_maps_and_their_tokens_are_the_same(flux: FluxPipeline, source: EncoderI
     other = replace(tokens, input="latents" if source == "pixels" else "pixels")
     with pytest.raises(UserError, match=f"its encoder reads {source}"):
         controller(canny=other)
+    with pytest.raises(UserError, match=f"3 wide, but its encoder reads {tokens.tokens.shape[-1]}"):
+        controller(canny=replace(tokens, tokens=tokens.tokens[..., :3]))
 
 
 def test_several_conditions(flux: FluxPipeline, controller: Controller) -> None:
