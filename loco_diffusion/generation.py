@@ -168,7 +168,7 @@ class Session:
         try:
             with self.controller(maps, strength=strength):
                 drawn = self.pipe(
-                    list(prompts),
+                    prompt=list(prompts),  # not the first argument of every pipeline
                     height=chosen.height,
                     width=chosen.width,
                     num_inference_steps=chosen.steps,

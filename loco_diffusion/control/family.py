@@ -18,6 +18,8 @@ Pipeline: TypeAlias = Any
 # By the denoiser's class; a module is imported when it is needed.
 _FAMILIES = {
     "FluxTransformer2DModel": "flux:FluxFamily",
+    "Flux2Transformer2DModel": "flux2:Flux2Family",
+    "QwenImageTransformer2DModel": "qwenimage:QwenImageFamily",
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,18 @@ MAX_TEXT_LENGTH = 512  # the stock pipeline's limit
 
 
 class FluxFamily(LatentFamily):
-    """The Family of FLUX.1 models; see there for shapes and ranges."""
+    """The Family of FLUX.1 models; see there for shapes and ranges.
 
-    numbers = (  # not guidance_embeds: an adapter trained on FLUX.1-dev also works on FLUX.1-schnell
+    Attributes:
+        embeddings: the denoiser's arguments for text, and their names in `encode_prompts`.
+    """
+
+    embeddings: ClassVar[dict[str, str]] = {
+        "encoder_hidden_states": "prompt_embeds",
+        "pooled_projections": "pooled_prompt_embeds",
+    }
+    # Not guidance_embeds: an adapter trained on FLUX.1-dev also works on FLUX.1-schnell.
+    numbers: ClassVar[tuple[str, ...]] = (
         "in_channels",
         "num_layers",
         "num_single_layers",
@@ -49,7 +58,7 @@ class FluxFamily(LatentFamily):
         ids = arguments.get("img_ids")
         if not isinstance(ids, Tensor):
             return None
-        _, rows, columns = (ids.reshape(-1, 3).amax(0) + 1).tolist()
+        rows, columns = (ids.flatten(0, -2).amax(0)[1:3] + 1).tolist()
         return int(rows), int(columns)
 
     def text_length(self, pipe: Pipeline) -> int:
@@ -98,15 +107,14 @@ class FluxFamily(LatentFamily):
         scale = None
         if model.config.guidance_embeds:
             scale = torch.full((batch,), 1.0 if guidance is None else guidance, device=latents.device)
-        embeds = stack_rows({name: text[name] for name in ("prompt_embeds", "pooled_prompt_embeds")}, batch)
+        embeds = stack_rows({argument: text[name] for argument, name in self.embeddings.items()}, batch)
         velocity = denoiser(
             hidden_states=self.pack(latents).to(model.dtype),
             timestep=sigma.to(latents.device, model.dtype),  # the model itself multiplies by 1000
             guidance=scale,
-            pooled_projections=embeds["pooled_prompt_embeds"].to(model.dtype),
-            encoder_hidden_states=embeds["prompt_embeds"].to(model.dtype),
             txt_ids=text["text_ids"],
-            img_ids=image_ids(rows, columns, text["text_ids"], stride),
+            img_ids=image_ids(rows, columns, text["text_ids"], stride, text["text_ids"].shape[-1]),
             return_dict=False,
+            **{argument: t.to(model.dtype) for argument, t in embeds.items()},
         )[0]
         return self.unpack(velocity, rows, columns)

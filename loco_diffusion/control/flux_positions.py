@@ -1,4 +1,4 @@
-"""Positions of FLUX.1's image tokens."""
+"""Positions of FLUX's image tokens."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from torch import Tensor
 from loco_diffusion.control.family import spread_positions
 
 
-def image_ids(rows: int, columns: int, like: Tensor, stride: int) -> Tensor:
-    """Positions (rows * columns, 3), row by row: 0, row, column.
+def image_ids(rows: int, columns: int, like: Tensor, stride: int, axes: int = 3) -> Tensor:
+    """Positions (rows * columns, axes) of tokens, row by row: 0, row, column, and 0 for more axes.
 
     Args:
         rows, columns: of tokens.
         like: gives dtype and device.
         stride: see `Family.predict`.
+        axes: 3 for FLUX.1, 4 for FLUX.2.
     """
-    axes = (
-        torch.zeros(1, device=like.device),
-        *(spread_positions(side, stride, like.device) for side in (rows, columns)),
-    )
-    return torch.cartesian_prod(*axes).to(like.dtype)
+    zero = torch.zeros(1, device=like.device)
+    sides = (spread_positions(side, stride, like.device) for side in (rows, columns))
+    return torch.cartesian_prod(zero, *sides, *[zero] * (axes - 3)).to(like.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ class Tiny:
         guided: arguments that turn classifier-free guidance on.
         free: arguments that turn it off.
         text: where a prompt's tokens stand in self-attention: before or after the image's, or nowhere.
+        start: the shape of a picture as the call takes it under `latents`; default: that of its result.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Tiny:
     guided: dict[str, Any] = field(default_factory=dict)
     free: dict[str, Any] = field(default_factory=dict)
     text: Literal["before", "after", "nowhere"] = "nowhere"
+    start: tuple[int, ...] | None = None
 
     def draw(self, pipe: Any, prompt: str | list[str] = "a red cube", **arguments: Any) -> Tensor:
         """Two denoising steps, as latents, always from the same noise."""
@@ -45,7 +48,7 @@ class Tiny:
         } | arguments
         if "negative_prompt" in arguments and not isinstance(prompt, str):
             arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompt)
-        images: Tensor = pipe(prompt, **arguments).images
+        images: Tensor = pipe(prompt=prompt, **arguments).images
         return images
 
 
@@ -53,6 +56,11 @@ def _flux() -> Any:
     from conftest import build_flux_pipeline
 
     return build_flux_pipeline()
+
+
+def _build(family: str) -> Callable[[], Any]:
+    """The `build` of a module of this package, which is imported when it is needed."""
+    return lambda: import_module(f"{__name__}.{family}").build()
 
 
 TINY = {
@@ -64,6 +72,34 @@ TINY = {
             side=64,
             call={"max_sequence_length": 12},
             guided={"negative_prompt": "", "true_cfg_scale": 3.0},
+            text="before",
+        ),
+        Tiny(
+            "flux2",
+            _build("flux2"),
+            side=16,
+            call={"max_sequence_length": 12},
+            guided={"guidance_scale": 3.0},
+            text="before",
+            start=(16, 4, 4),
+        ),
+        Tiny(
+            "flux2_klein",
+            _build("flux2_klein"),
+            side=16,
+            call={"max_sequence_length": 12},
+            guided={"guidance_scale": 3.0},
+            free={"guidance_scale": 1.0},
+            text="before",
+            start=(16, 4, 4),
+        ),
+        Tiny(
+            "qwenimage",
+            _build("qwenimage"),
+            side=16,
+            call={"max_sequence_length": 12},
+            guided={"negative_prompt": "", "true_cfg_scale": 3.0},
+            free={"true_cfg_scale": 1.0},
             text="before",
         ),
     )
