@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from loco_diffusion.control.family import Pipeline, spread_positions, stack_rows, unwrapped
 from loco_diffusion.control.latents import LatentFamily
 
-MAX_TEXT_LENGTH = 512  # the stock pipeline's limit
-
 
 class FluxFamily(LatentFamily):
     """The Family of FLUX.1 models; see there for shapes and ranges."""
 
+    tokenizer = "tokenizer_2"
     numbers = (  # not guidance_embeds: an adapter trained on FLUX.1-dev also works on FLUX.1-schnell
         "in_channels",
         "num_layers",
@@ -48,11 +47,6 @@ class FluxFamily(LatentFamily):
             return None
         _, rows, columns = (ids.reshape(-1, 3).amax(0) + 1).tolist()
         return int(rows), int(columns)
-
-    def text_length(self, pipe: Pipeline) -> int:
-        """The T5 tokenizer's limit; 512 where it has none or a greater one."""
-        tokenizer = getattr(pipe, "tokenizer_2", None)
-        return MAX_TEXT_LENGTH if tokenizer is None else min(MAX_TEXT_LENGTH, tokenizer.model_max_length)
 
     @torch.no_grad()
     def encode_prompts(self, pipe: Pipeline, prompts: list[str]) -> dict[str, Tensor]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from loco_diffusion.control.family import Pipeline, unwrapped
+
+_EMPTY_PROMPTS: WeakKeyDictionary[Pipeline, dict[str, Tensor]] = WeakKeyDictionary()
 
 
 class LatentFamily:
@@ -16,6 +21,7 @@ class LatentFamily:
 
     Attributes:
         component: the pipeline's name of the denoiser.
+        tokenizer: the pipeline's name of the tokenizer that sets the length of prompts.
         numbers: entries of the denoiser's config that an adapter's weights depend on.
         patch: latents along the side of a token.
     """
@@ -25,6 +31,7 @@ class LatentFamily:
     linear_attention = False
     text_in_condition = False
     component: ClassVar[str] = "transformer"
+    tokenizer: ClassVar[str] = "tokenizer"
     numbers: ClassVar[tuple[str, ...]] = ()
     patch: ClassVar[int] = 2
 
@@ -34,6 +41,9 @@ class LatentFamily:
 
     def guidance_copies(self, pipe: Pipeline) -> int:
         return 2 if getattr(pipe, "do_classifier_free_guidance", False) else 1
+
+    def watched(self, pipe: Pipeline) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def hidden_size(self, denoiser: nn.Module) -> int:
         config = unwrapped(denoiser).config
@@ -69,5 +79,26 @@ class LatentFamily:
         latents = vae.encode(scaled).latent_dist.mode().float()
         return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
+    def text_length(self, pipe: Pipeline) -> int:
+        """The tokenizer's limit or the stock pipeline's default, the smaller one."""
+        default: int = call_default(pipe, "max_sequence_length")
+        tokenizer = getattr(pipe, self.tokenizer, None)
+        return default if tokenizer is None else min(default, tokenizer.model_max_length)
+
+    def encode_prompts(self, pipe: Pipeline, prompts: list[str]) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def condition_text(self, pipe: Pipeline) -> dict[str, Tensor]:
+        """The empty prompt, encoded once for a pipeline: training asks for it in every step."""
+        if pipe not in _EMPTY_PROMPTS:
+            with torch.inference_mode(False):  # what is kept must serve training, too
+                _EMPTY_PROMPTS[pipe] = self.encode_prompts(pipe, [""])
+        return {name: t.to(pipe._execution_device) for name, t in _EMPTY_PROMPTS[pipe].items()}
+
     def guidance_arguments(self, pipe: Pipeline, guidance: float, batch: int) -> dict[str, Any]:
         return {"guidance_scale": guidance, "negative_prompt": [""] * batch}
+
+
+def call_default(pipe: Pipeline, argument: str) -> Any:
+    """What the pipeline's call takes where an argument is not given."""
+    return inspect.signature(type(pipe).__call__).parameters[argument].default

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -55,6 +56,11 @@ def _flux() -> Any:
     return build_flux_pipeline()
 
 
+def _build(family: str) -> Callable[[], Any]:
+    """The `build` of a module of this package, which is imported when it is needed."""
+    return lambda: import_module(f"{__name__}.{family}").build()
+
+
 TINY = {
     tiny.name: tiny
     for tiny in (
@@ -65,6 +71,31 @@ TINY = {
             call={"max_sequence_length": 12},
             guided={"negative_prompt": "", "true_cfg_scale": 3.0},
             text="before",
+        ),
+        Tiny(
+            "sd3",
+            _build("sd3"),
+            side=64,
+            call={"max_sequence_length": 12},
+            guided={"negative_prompt": "", "guidance_scale": 3.0},
+            free={"guidance_scale": 1.0},
+            text="after",
+        ),
+        Tiny(
+            "pixart",
+            _build("pixart"),
+            side=64,
+            call={"max_sequence_length": 12, "use_resolution_binning": False},
+            guided={"guidance_scale": 3.0},
+            free={"guidance_scale": 1.0},
+        ),
+        Tiny(
+            "sana",
+            _build("sana"),
+            side=32,
+            call={"max_sequence_length": 12, "use_resolution_binning": False},
+            guided={"guidance_scale": 3.0},
+            free={"guidance_scale": 1.0},
         ),
     )
 }
