@@ -22,6 +22,7 @@ class Tiny:
         call: arguments that its call needs.
         guided: arguments that turn classifier-free guidance on.
         free: arguments that turn it off.
+        unread: layers of the denoiser whose output it drops.
         text: where a prompt's tokens stand in self-attention: before or after the image's, or nowhere.
     """
 
@@ -31,6 +32,7 @@ class Tiny:
     call: dict[str, Any] = field(default_factory=dict)
     guided: dict[str, Any] = field(default_factory=dict)
     free: dict[str, Any] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
     text: Literal["before", "after", "nowhere"] = "nowhere"
 
     def draw(self, pipe: Any, prompt: str | list[str] = "a red cube", **arguments: Any) -> Tensor:
@@ -79,6 +81,7 @@ TINY = {
             call={"max_sequence_length": 12},
             guided={"negative_prompt": "", "guidance_scale": 3.0},
             free={"guidance_scale": 1.0},
+            unread=("transformer_blocks.1.attn.add_q_proj",),  # the last block makes no text
             text="after",
         ),
         Tiny(

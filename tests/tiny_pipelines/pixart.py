@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from diffusers import DDIMScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel
+
 from tiny_pipelines.parts import make_t5, make_vae
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from conftest import TEXT_LENGTH, make_clip_tokenizer
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from tiny_pipelines.parts import make_t5, make_vae
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from tiny_pipelines.parts import make_t5, make_vae
 
 
 def build() -> StableDiffusion3Pipeline:
