@@ -58,9 +58,9 @@ def build_flux_pipeline(num_layers: int = 1, guidance_embeds: bool = False) -> F
             shift_factor=0.1159,
             scaling_factor=0.3611,
         )
-        clip_tokenizer = _clip_tokenizer()
+        clip_tokenizer = make_clip_tokenizer()
         text_encoder = _clip_text_encoder(clip_tokenizer)
-        t5_tokenizer = _t5_tokenizer()
+        t5_tokenizer = make_t5_tokenizer()
         text_encoder_2 = T5EncoderModel(
             T5Config(vocab_size=len(t5_tokenizer), d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
         )
@@ -77,7 +77,7 @@ def build_flux_pipeline(num_layers: int = 1, guidance_embeds: bool = False) -> F
     return pipe
 
 
-def _clip_tokenizer() -> CLIPTokenizer:
+def make_clip_tokenizer() -> CLIPTokenizer:
     tokens = ["<|startoftext|>", "<|endoftext|>", *_LETTERS, *(f"{letter}</w>" for letter in _LETTERS)]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TEXT_LENGTH)
@@ -99,7 +99,7 @@ def _clip_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def _t5_tokenizer() -> T5Tokenizer:
+def make_t5_tokenizer() -> T5Tokenizer:
     tokens = ["<pad>", "</s>", "<unk>", "\u2581", *_LETTERS]
     vocabulary = [(token, 0.0 if token.startswith("<") else -1.0) for token in tokens]
     return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=TEXT_LENGTH)
@@ -137,7 +137,7 @@ def flux_folder(make_flux: Callable[..., FluxPipeline], tmp_path_factory: pytest
 def built_stable_diffusion() -> StableDiffusionPipeline:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        tokenizer = _clip_tokenizer()
+        tokenizer = make_clip_tokenizer()
         unet = UNet2DConditionModel(
             sample_size=8,
             block_out_channels=(16, 16),

@@ -153,7 +153,7 @@ class _Remembering(TorchFunctionMode):
             call = dict(zip(_ARGUMENTS, args, strict=False)) | (kwargs or {})
             pair = call["key"], call["value"]
             self.memory.layers[self.number] = tuple(t[:, :, -self.tokens :] for t in pair)
-        elif self.linear and func is torch.matmul and self.number not in self.memory.layers:
+        elif self.linear and _is_product(func, result) and self.number not in self.memory.layers:
             self.memory.layers[self.number] = (result,)  # value x key, the first of its two products
         return result
 
@@ -175,7 +175,7 @@ class _Recalling(TorchFunctionMode):
             call = dict(zip(_ARGUMENTS, args, strict=False)) | (kwargs or {})
             return func(**self._appended(call))
         result = func(*args, **(kwargs or {}))
-        if self.linear and func is torch.matmul:
+        if self.linear and _is_product(func, result):
             self.linear = False  # only the first product, value x key, sums over the keys
             for (sums,), bias in self.layers:
                 factor = 1.0 if bias is None else self._like(bias.exp().view(-1, 1, 1, 1), result)
@@ -208,6 +208,11 @@ class _Recalling(TorchFunctionMode):
 
     def _like(self, kept: Tensor, like: Tensor) -> Tensor:
         return spread(kept.to(like), len(like), self.copies)
+
+
+def _is_product(func: Any, result: Any) -> bool:
+    """Whether this is one of the two products of a linear attention, and not one of an adapter's."""
+    return func is torch.matmul and result.ndim == 4
 
 
 def len_of(keys: Tensor) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -170,6 +171,7 @@ def after_each_step(scheduler: Any, act: Callable[[float], None]) -> Iterator[No
     step = scheduler.step
     done = 0
 
+    @wraps(step)  # pipelines read its signature: whether it takes a generator
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal done
         result = step(*args, **kwargs)

@@ -333,7 +333,7 @@ class Controller:
             self._conditioning = Conditioning(
                 self.family, self._pipe, self._denoiser, self._attentions, conditions
             )
-            with self._conditioning.applied():
+            with self.family.watched(self._pipe), self._conditioning.applied():
                 yield
         finally:
             self._conditioning = None
@@ -387,7 +387,9 @@ class Controller:
         features = self._conditioning.features if self._conditioning else None
         # Reading the grid waits for the device, so only where it is read once; a compiled graph cannot.
         if features is not None and features.drawn_grid is None and not torch.compiler.is_compiling():
-            features.drawn_grid = self.family.grid(arguments)
+            # Some pipelines give the latents by position, which is the first one in every transformer.
+            named = {"hidden_states": args[0], **arguments} if args else arguments
+            features.drawn_grid = self.family.grid(named)
 
     def _after_input_layer(self, module: nn.Module, args: tuple[Any, ...], hidden: Tensor) -> Tensor | None:
         if self._conditioning is None or self._conditioning.features is None:

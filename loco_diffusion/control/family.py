@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import Any, Protocol, TypeAlias
 
@@ -20,6 +21,9 @@ _FAMILIES = {
     "FluxTransformer2DModel": "flux:FluxFamily",
     "Flux2Transformer2DModel": "flux2:Flux2Family",
     "QwenImageTransformer2DModel": "qwenimage:QwenImageFamily",
+    "SD3Transformer2DModel": "sd3:SD3Family",
+    "PixArtTransformer2DModel": "pixart:PixArtFamily",
+    "SanaTransformer2DModel": "sana:SanaFamily",
 }
 
 
@@ -53,6 +57,9 @@ class Family(Protocol):
 
     def guidance_copies(self, pipe: Pipeline) -> int:
         """2 where the pipeline, as it runs now, stacks both halves of classifier-free guidance, else 1."""
+
+    def watched(self, pipe: Pipeline) -> AbstractContextManager[None]:
+        """The block in which a controlled pipeline runs, for what `guidance_copies` must see of it."""
 
     def hidden_size(self, denoiser: nn.Module) -> int:
         """Width of the input layer's output."""

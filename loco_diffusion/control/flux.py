@@ -14,8 +14,6 @@ from loco_diffusion.control.flux_positions import image_ids
 from loco_diffusion.control.joint import JointCondition
 from loco_diffusion.control.latents import LatentFamily
 
-MAX_TEXT_LENGTH = 512  # the stock pipeline's limit
-
 
 class FluxFamily(LatentFamily):
     """The Family of FLUX.1 models; see there for shapes and ranges.
@@ -28,6 +26,7 @@ class FluxFamily(LatentFamily):
         "encoder_hidden_states": "prompt_embeds",
         "pooled_projections": "pooled_prompt_embeds",
     }
+    tokenizer = "tokenizer_2"
     # Not guidance_embeds: an adapter trained on FLUX.1-dev also works on FLUX.1-schnell.
     numbers: ClassVar[tuple[str, ...]] = (
         "in_channels",
@@ -60,11 +59,6 @@ class FluxFamily(LatentFamily):
             return None
         rows, columns = (ids.flatten(0, -2).amax(0)[1:3] + 1).tolist()
         return int(rows), int(columns)
-
-    def text_length(self, pipe: Pipeline) -> int:
-        """The T5 tokenizer's limit; 512 where it has none or a greater one."""
-        tokenizer = getattr(pipe, "tokenizer_2", None)
-        return MAX_TEXT_LENGTH if tokenizer is None else min(MAX_TEXT_LENGTH, tokenizer.model_max_length)
 
     @torch.no_grad()
     def encode_prompts(self, pipe: Pipeline, prompts: list[str]) -> dict[str, Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +20,7 @@ class LatentFamily:
 
     Attributes:
         component: the pipeline's name of the denoiser.
+        tokenizer: the pipeline's name of the tokenizer that sets the length of prompts.
         numbers: entries of the denoiser's config that an adapter's weights depend on.
         patch: latents along the side of a token.
     """
@@ -27,6 +30,7 @@ class LatentFamily:
     linear_attention = False
     text_in_condition = False
     component: ClassVar[str] = "transformer"
+    tokenizer: ClassVar[str] = "tokenizer"
     numbers: ClassVar[tuple[str, ...]] = ()
     patch: ClassVar[int] = 2
 
@@ -36,6 +40,9 @@ class LatentFamily:
 
     def guidance_copies(self, pipe: Pipeline) -> int:
         return 2 if getattr(pipe, "do_classifier_free_guidance", False) else 1
+
+    def watched(self, pipe: Pipeline) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def hidden_size(self, denoiser: nn.Module) -> int:
         config = unwrapped(denoiser).config
@@ -67,6 +74,18 @@ class LatentFamily:
         config = pipe.vae.config
         return (posterior_mode(pipe, pictures) - (config.shift_factor or 0.0)) * config.scaling_factor
 
+    def text_length(self, pipe: Pipeline) -> int:
+        """The tokenizer's limit or the stock pipeline's default, the smaller one."""
+        default: int = call_default(pipe, "max_sequence_length")
+        tokenizer = getattr(pipe, self.tokenizer, None)
+        return default if tokenizer is None else min(default, tokenizer.model_max_length)
+
+    def encode_prompts(self, pipe: Pipeline, prompts: list[str]) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def condition_text(self, pipe: Pipeline) -> dict[str, Tensor]:
+        return self.encode_prompts(pipe, [""])
+
     def guidance_arguments(self, pipe: Pipeline, guidance: float, batch: int) -> dict[str, Any]:
         return {"guidance_scale": guidance, "negative_prompt": [""] * batch}
 
@@ -85,3 +104,8 @@ def posterior_mode(pipe: Pipeline, pictures: Tensor) -> Tensor:
     scaled = (pictures * 2 - 1).to(pipe._execution_device, pipe.vae.dtype)
     latents: Tensor = pipe.vae.encode(scaled).latent_dist.mode()
     return latents.float()
+
+
+def call_default(pipe: Pipeline, argument: str) -> Any:
+    """What the pipeline's call takes where an argument is not given."""
+    return inspect.signature(type(pipe).__call__).parameters[argument].default

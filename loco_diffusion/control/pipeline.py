@@ -33,13 +33,15 @@ class ControlledPipeline:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         signature = inspect.signature(cls._stock().__call__)  # type: ignore[operator]
+        stock = list(signature.parameters.values())
+        last = [parameter for parameter in stock if parameter.kind is inspect.Parameter.VAR_KEYWORD]
         own = [parameter for parameter in _OWN if parameter.name not in signature.parameters]
 
         def call(self: ControlledPipeline, *args: Any, **arguments: Any) -> Any:
             return self._call(*args, **arguments)
 
         call.__signature__ = signature.replace(  # type: ignore[attr-defined]
-            parameters=[*signature.parameters.values(), *own]
+            parameters=[*stock[: len(stock) - len(last)], *own, *last]
         )
         call.__doc__ = ControlledPipeline._call.__doc__
         cls.__call__ = call  # type: ignore[method-assign]
@@ -110,6 +112,9 @@ class ControlledPipeline:
             width: as height.
             max_sequence_length: tokens of the prompt; default: the tokenizer's limit or the stock default, the
                 smaller one.
+            use_resolution_binning: default: with maps False, so that the picture lies where the maps lie, else
+                the stock default. True draws at another size and crops: give it only where the size is one of
+                the base's own.
 
         Returns:
             What the stock pipeline returns.
@@ -119,15 +124,18 @@ class ControlledPipeline:
         """
         stock = self._stock().__call__  # type: ignore[operator]
         signature = inspect.signature(stock)
-        call = signature.bind(self, *args, **arguments).arguments
+        bound = signature.bind(self, *args, **arguments)
+        call = bound.arguments
         family = self.controller.family
         if "max_sequence_length" in signature.parameters:
             call.setdefault("max_sequence_length", family.text_length(self))
         maps = {name: map_tensor(value, name) for name, value in (control or {}).items()}
         if maps:
+            if "use_resolution_binning" in signature.parameters:
+                call.setdefault("use_resolution_binning", False)
             self._fit(maps, call, family.token_pixels(self))
         with self.controller(maps, strength=control_strength, start=control_start, end=control_end):
-            return stock(**call)
+            return stock(*bound.args, **bound.kwargs)
 
     def _fit(self, maps: dict[str, Tensor], call: dict[str, Any], token: int) -> None:
         """Bring maps and the picture to one size."""

@@ -22,6 +22,7 @@ class Tiny:
         call: arguments that its call needs.
         guided: arguments that turn classifier-free guidance on.
         free: arguments that turn it off.
+        unread: layers of the denoiser whose output it drops.
         text: where a prompt's tokens stand in self-attention: before or after the image's, or nowhere.
         start: the shape of a picture as the call takes it under `latents`; default: that of its result.
     """
@@ -32,6 +33,7 @@ class Tiny:
     call: dict[str, Any] = field(default_factory=dict)
     guided: dict[str, Any] = field(default_factory=dict)
     free: dict[str, Any] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
     text: Literal["before", "after", "nowhere"] = "nowhere"
     start: tuple[int, ...] | None = None
 
@@ -100,7 +102,34 @@ TINY = {
             call={"max_sequence_length": 12},
             guided={"negative_prompt": "", "true_cfg_scale": 3.0},
             free={"true_cfg_scale": 1.0},
+            unread=("transformer_blocks.1.attn.add_q_proj", "transformer_blocks.1.attn.to_add_out"),
             text="before",
+        ),
+        Tiny(
+            "sd3",
+            _build("sd3"),
+            side=64,
+            call={"max_sequence_length": 12},
+            guided={"negative_prompt": "", "guidance_scale": 3.0},
+            free={"guidance_scale": 1.0},
+            unread=("transformer_blocks.1.attn.add_q_proj",),  # the last block makes no text
+            text="after",
+        ),
+        Tiny(
+            "pixart",
+            _build("pixart"),
+            side=64,
+            call={"max_sequence_length": 12, "use_resolution_binning": False},
+            guided={"guidance_scale": 3.0},
+            free={"guidance_scale": 1.0},
+        ),
+        Tiny(
+            "sana",
+            _build("sana"),
+            side=32,
+            call={"max_sequence_length": 12, "use_resolution_binning": False},
+            guided={"guidance_scale": 3.0},
+            free={"guidance_scale": 1.0},
         ),
     )
 }
