@@ -45,7 +45,7 @@ def build_flux_pipeline(num_layers: int = 1, guidance_embeds: bool = False) -> F
             shift_factor=0.1159,
             scaling_factor=0.3611,
         )
-        clip_tokenizer = _clip_tokenizer()
+        clip_tokenizer = build_clip_tokenizer()
         text_encoder = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=len(clip_tokenizer),
@@ -76,7 +76,7 @@ def build_flux_pipeline(num_layers: int = 1, guidance_embeds: bool = False) -> F
     return pipe
 
 
-def _clip_tokenizer() -> CLIPTokenizer:
+def build_clip_tokenizer() -> CLIPTokenizer:
     tokens = ["<|startoftext|>", "<|endoftext|>", *_LETTERS, *(f"{letter}</w>" for letter in _LETTERS)]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TEXT_LENGTH)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, Protocol, TypeAlias
@@ -9,6 +10,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from loco_diffusion.control.sampling import Sampling
 from loco_diffusion.errors import UserError
 
 Pipeline: TypeAlias = Any
@@ -17,6 +19,7 @@ Pipeline: TypeAlias = Any
 # By the denoiser's class; a module is imported when it is needed.
 _FAMILIES = {
     "FluxTransformer2DModel": "flux:FluxFamily",
+    "UNet2DConditionModel": "unet:UNetFamily",
 }
 
 
@@ -75,8 +78,17 @@ class Family(Protocol):
     def encode_pictures(self, pipe: Pipeline, pictures: Tensor) -> Tensor:
         """Latents (the posterior's mode, float32) of pictures; without gradient."""
 
+    def decode_latents(self, pipe: Pipeline, latents: Tensor) -> Tensor:
+        """Pictures, float32, of latents as `encode_pictures` gives them; without gradient."""
+
+    def default_sampling(self, pipe: Pipeline) -> Sampling:
+        """The size, steps and guidance that suit the model."""
+
     def text_length(self, pipe: Pipeline) -> int:
         """Tokens that a prompt is padded or cut to."""
+
+    def prompt_length(self, pipe: Pipeline, prompt: str) -> int:
+        """Tokens of a prompt that is neither padded nor cut."""
 
     def guidance_arguments(self, pipe: Pipeline, guidance: float, batch: int) -> dict[str, Any]:
         """Arguments of the pipeline's call for a guidance scale and that many prompts; 1 is none."""
@@ -136,6 +148,12 @@ def unwrapped(model: Any) -> Any:
         if isinstance(inner, nn.Module):
             model = inner
     return model
+
+
+def text_arguments(family: Family, pipe: Pipeline) -> dict[str, int]:
+    """Arguments of the pipeline's call that make it read as much of a prompt as the family does."""
+    name = "max_sequence_length"
+    return {name: family.text_length(pipe)} if name in inspect.signature(type(pipe).__call__).parameters else {}
 
 
 def stack_rows(text: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from loco_diffusion.control.family import Pipeline, spread_positions, stack_rows, unwrapped
 from loco_diffusion.control.latents import LatentFamily
+from loco_diffusion.control.sampling import Sampling
 
 MAX_TEXT_LENGTH = 512  # the stock pipeline's limit
 
@@ -69,6 +71,12 @@ class FluxFamily(LatentFamily):
             "pooled_prompt_embeds": torch.zeros(1, config.pooled_projection_dim, device=device),
             "text_ids": torch.zeros(0, 3, device=device),
         }
+
+    def default_sampling(self, pipe: Pipeline) -> Sampling:
+        """The stock pipeline's is FLUX.1-dev's; a model without embedded guidance is FLUX.1-schnell."""
+        stock = super().default_sampling(pipe)
+        distilled = unwrapped(pipe.transformer).config.guidance_embeds
+        return stock if distilled else replace(stock, steps=4, guidance=1.0)
 
     def guidance_arguments(self, pipe: Pipeline, guidance: float, batch: int) -> dict[str, Any]:
         if unwrapped(pipe.transformer).config.guidance_embeds:

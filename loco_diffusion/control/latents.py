@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from loco_diffusion.control.family import Pipeline, unwrapped
+from loco_diffusion.control.sampling import Sampling
 
 
 class LatentFamily:
@@ -64,10 +67,50 @@ class LatentFamily:
     @torch.no_grad()
     def encode_pictures(self, pipe: Pipeline, pictures: Tensor) -> Tensor:
         vae = pipe.vae
-        # The pipeline's device and not the VAE's, which with offloading is elsewhere until it is called.
-        scaled = (pictures * 2 - 1).to(pipe._execution_device, vae.dtype)
-        latents = vae.encode(scaled).latent_dist.mode().float()
+        with _without_overflow(vae):
+            # The pipeline's device and not the VAE's, which with offloading is elsewhere until it is called.
+            scaled = (pictures * 2 - 1).to(pipe._execution_device, vae.dtype)
+            latents = vae.encode(scaled).latent_dist.mode().float()
         return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode_latents(self, pipe: Pipeline, latents: Tensor) -> Tensor:
+        vae = pipe.vae
+        with _without_overflow(vae):
+            unscaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+            pictures = vae.decode(unscaled.to(pipe._execution_device, vae.dtype)).sample
+        return pictures.float() / 2 + 0.5
+
+    def default_sampling(self, pipe: Pipeline) -> Sampling:
+        """What the stock pipeline takes when its call does not say."""
+        stock = {name: p.default for name, p in inspect.signature(type(pipe).__call__).parameters.items()}
+        size = getattr(pipe, "default_sample_size", None) or self.denoiser(pipe).config.sample_size
+        rows, columns = (size, size) if isinstance(size, int) else size
+        return Sampling(
+            width=stock["width"] or columns * pipe.vae_scale_factor,
+            height=stock["height"] or rows * pipe.vae_scale_factor,
+            steps=stock["num_inference_steps"],
+            guidance=stock["guidance_scale"],
+        )
+
+    def prompt_length(self, pipe: Pipeline, prompt: str) -> int:
+        """By the tokenizer that reads most, which is the last one."""
+        tokenizers = (getattr(pipe, name, None) for name in ("tokenizer_3", "tokenizer_2", "tokenizer"))
+        tokenizer = next(tokenizer for tokenizer in tokenizers if tokenizer is not None)
+        return len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
 
     def guidance_arguments(self, pipe: Pipeline, guidance: float, batch: int) -> dict[str, Any]:
         return {"guidance_scale": guidance, "negative_prompt": [""] * batch}
+
+
+@contextmanager
+def _without_overflow(vae: Any) -> Iterator[None]:
+    """In the block, a VAE computes in float32 if it would overflow in float16, as SDXL's does."""
+    upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast")
+    if upcast:
+        vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        if upcast:
+            vae.to(torch.float16)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from loco_diffusion.control.controller import Controller
+from loco_diffusion.control.family import text_arguments
 from loco_diffusion.control.maps import ConditionMap, map_tensor, resize_map
 
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
@@ -33,13 +34,15 @@ class ControlledPipeline:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         signature = inspect.signature(cls._stock().__call__)  # type: ignore[operator]
+        stock = list(signature.parameters.values())
         own = [parameter for parameter in _OWN if parameter.name not in signature.parameters]
+        rest = [stock.pop()] if stock[-1].kind is inspect.Parameter.VAR_KEYWORD else []
 
         def call(self: ControlledPipeline, *args: Any, **arguments: Any) -> Any:
             return self._call(*args, **arguments)
 
         call.__signature__ = signature.replace(  # type: ignore[attr-defined]
-            parameters=[*signature.parameters.values(), *own]
+            parameters=[*stock, *own, *rest]
         )
         call.__doc__ = ControlledPipeline._call.__doc__
         cls.__call__ = call  # type: ignore[method-assign]
@@ -118,16 +121,16 @@ class ControlledPipeline:
             UserError: an unknown adapter name, or a map, strength, start or end that is not usable.
         """
         stock = self._stock().__call__  # type: ignore[operator]
-        signature = inspect.signature(stock)
-        call = signature.bind(self, *args, **arguments).arguments
+        bound = inspect.signature(stock).bind(self, *args, **arguments)
+        call = bound.arguments
         family = self.controller.family
-        if "max_sequence_length" in signature.parameters:
-            call.setdefault("max_sequence_length", family.text_length(self))
+        for name, value in text_arguments(family, self).items():
+            call.setdefault(name, value)
         maps = {name: map_tensor(value, name) for name, value in (control or {}).items()}
         if maps:
             self._fit(maps, call, family.token_pixels(self))
         with self.controller(maps, strength=control_strength, start=control_start, end=control_end):
-            return stock(**call)
+            return stock(*bound.args, **bound.kwargs)
 
     def _fit(self, maps: dict[str, Tensor], call: dict[str, Any], token: int) -> None:
         """Bring maps and the picture to one size."""

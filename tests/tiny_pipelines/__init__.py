@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tiny_pipelines import sd, sdxl
+
 
 @dataclass(frozen=True)
 class Tiny:
@@ -55,6 +57,9 @@ def _flux() -> Any:
     return build_flux_pipeline()
 
 
+_GUIDED = {"negative_prompt": "", "guidance_scale": 3.0}
+_FREE = {"guidance_scale": 1.0}
+
 TINY = {
     tiny.name: tiny
     for tiny in (
@@ -66,5 +71,7 @@ TINY = {
             guided={"negative_prompt": "", "true_cfg_scale": 3.0},
             text="before",
         ),
+        Tiny("sd", sd.build, side=64, guided=_GUIDED, free=_FREE),
+        Tiny("sdxl", sdxl.build, side=64, guided=_GUIDED, free=_FREE),
     )
 }

@@ -1,0 +1,60 @@
+"""A tiny Stable Diffusion 1 or 2."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel
+
+from tiny_pipelines.clip import WIDTH, build_clip
+
+
+def build(version: int = 1) -> StableDiffusionPipeline:
+    """Latents of 8 px, 12 text tokens; version 2 predicts v and has linear projections, as SD 2.1 does."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            layers_per_block=1,
+            block_out_channels=(16, 32),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=WIDTH,
+            attention_head_dim=2 if version == 1 else (1, 2),
+            use_linear_projection=version == 2,
+            norm_num_groups=4,
+        )
+        tokenizer, text_encoder = build_clip(CLIPTextModel)
+        vae = build_vae()
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="epsilon" if version == 1 else "v_prediction",
+    )
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def build_vae(scaling_factor: float = 0.18215) -> AutoencoderKL:
+    """A VAE with four channels and 8-px latents."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+        scaling_factor=scaling_factor,
+    ).eval()
