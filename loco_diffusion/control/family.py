@@ -153,7 +153,9 @@ def unwrapped(model: Any) -> Any:
 def text_arguments(family: Family, pipe: Pipeline) -> dict[str, int]:
     """Arguments of the pipeline's call that make it read as much of a prompt as the family does."""
     name = "max_sequence_length"
-    return {name: family.text_length(pipe)} if name in inspect.signature(type(pipe).__call__).parameters else {}
+    return (
+        {name: family.text_length(pipe)} if name in inspect.signature(type(pipe).__call__).parameters else {}
+    )
 
 
 def stack_rows(text: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:

@@ -84,7 +84,7 @@ class LatentFamily:
     def default_sampling(self, pipe: Pipeline) -> Sampling:
         """What the stock pipeline takes when its call does not say."""
         stock = {name: p.default for name, p in inspect.signature(type(pipe).__call__).parameters.items()}
-        size = getattr(pipe, "default_sample_size", None) or self.denoiser(pipe).config.sample_size
+        size = getattr(pipe, "default_sample_size", None) or getattr(pipe, self.component).config.sample_size
         rows, columns = (size, size) if isinstance(size, int) else size
         return Sampling(
             width=stock["width"] or columns * pipe.vae_scale_factor,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from diffusers import FluxPipeline
+from random_weights import randomise
 from torch import Tensor
 
 from loco_diffusion import Controller, LoCOConfig
@@ -35,10 +36,3 @@ def add_trained(
     """A LoCO adapter that looks trained: small random weights everywhere."""
     controller.add_adapter(name, LoCOConfig(r=2, num_rotations=2, **config), encoder=encoder)
     randomise(controller, name, seed)
-
-
-def randomise(controller: Controller, name: str, seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for parameters in controller.trainable_parameters(name).values():
-        for parameter in parameters:
-            parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
