@@ -7,6 +7,7 @@ picture = session.generate(["a red cube"], [0], maps={"canny": edges})[0]
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from torch import nn
 
 from loco_diffusion.bases import load_base
 from loco_diffusion.control import ConditionMap, Controller, family_of, resize_map
-from loco_diffusion.control.family import Pipeline, text_arguments
+from loco_diffusion.control.family import Pipeline
 from loco_diffusion.control.sampling import Sampling
 from loco_diffusion.embedded import GUIDANCE, STEPS, packaged_adapter
 from loco_diffusion.errors import UserError
@@ -150,14 +151,14 @@ class Session:
         try:
             with self.controller(maps, strength=strength):
                 drawn = self.pipe(
-                    list(prompts),
+                    prompt=list(prompts),  # not the first argument of every pipeline
                     height=chosen.height,
                     width=chosen.width,
                     num_inference_steps=chosen.steps,
                     generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                     output_type="pt",
                     callback_on_step_end=report,
-                    **text_arguments(family, self.pipe),
+                    **self._text_arguments(),
                     **family.guidance_arguments(self.pipe, chosen.guidance, len(prompts)),
                 ).images
         except torch.OutOfMemoryError as error:
@@ -166,6 +167,13 @@ class Session:
                 "draw smaller pictures."
             ) from error
         return [to_pil(picture) for picture in drawn]
+
+    def _text_arguments(self) -> dict[str, int]:
+        """What makes the pipeline read as much of a prompt as `check_prompt_length` allows."""
+        name = "max_sequence_length"
+        if name not in inspect.signature(type(self.pipe).__call__).parameters:
+            return {}  # its tokenizers alone decide
+        return {name: self.controller.family.text_length(self.pipe)}
 
     def reconstruct(self, pictures: Sequence[Image.Image]) -> list[Image.Image]:
         """RGB pictures of one size through the base's VAE and back: the best that any control could do.

@@ -45,7 +45,7 @@ def build_flux_pipeline(num_layers: int = 1, guidance_embeds: bool = False) -> F
             shift_factor=0.1159,
             scaling_factor=0.3611,
         )
-        clip_tokenizer = build_clip_tokenizer()
+        clip_tokenizer = make_clip_tokenizer()
         text_encoder = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=len(clip_tokenizer),
@@ -59,7 +59,7 @@ def build_flux_pipeline(num_layers: int = 1, guidance_embeds: bool = False) -> F
                 pad_token_id=clip_tokenizer.pad_token_id,
             )
         )
-        t5_tokenizer = _t5_tokenizer()
+        t5_tokenizer = make_t5_tokenizer()
         text_encoder_2 = T5EncoderModel(
             T5Config(vocab_size=len(t5_tokenizer), d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
         )
@@ -76,13 +76,13 @@ def build_flux_pipeline(num_layers: int = 1, guidance_embeds: bool = False) -> F
     return pipe
 
 
-def build_clip_tokenizer() -> CLIPTokenizer:
+def make_clip_tokenizer() -> CLIPTokenizer:
     tokens = ["<|startoftext|>", "<|endoftext|>", *_LETTERS, *(f"{letter}</w>" for letter in _LETTERS)]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TEXT_LENGTH)
 
 
-def _t5_tokenizer() -> T5Tokenizer:
+def make_t5_tokenizer() -> T5Tokenizer:
     tokens = ["<pad>", "</s>", "<unk>", "\u2581", *_LETTERS]
     vocabulary = [(token, 0.0 if token.startswith("<") else -1.0) for token in tokens]
     return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=TEXT_LENGTH)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from random_weights import randomise
 from tiny_pipelines import TINY, Tiny
+from tiny_pipelines.controlled import randomise
 
 from loco_diffusion import Controller, LoCOConfig
 from loco_diffusion.cli import main

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, Protocol, TypeAlias
@@ -148,14 +147,6 @@ def unwrapped(model: Any) -> Any:
         if isinstance(inner, nn.Module):
             model = inner
     return model
-
-
-def text_arguments(family: Family, pipe: Pipeline) -> dict[str, int]:
-    """Arguments of the pipeline's call that make it read as much of a prompt as the family does."""
-    name = "max_sequence_length"
-    return (
-        {name: family.text_length(pipe)} if name in inspect.signature(type(pipe).__call__).parameters else {}
-    )
 
 
 def stack_rows(text: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:

@@ -64,14 +64,9 @@ class LatentFamily:
     def unpack(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
         return nn.functional.pixel_shuffle(tokens.mT.unflatten(2, (rows, columns)), self.patch)
 
-    @torch.no_grad()
     def encode_pictures(self, pipe: Pipeline, pictures: Tensor) -> Tensor:
-        vae = pipe.vae
-        with _without_overflow(vae):
-            # The pipeline's device and not the VAE's, which with offloading is elsewhere until it is called.
-            scaled = (pictures * 2 - 1).to(pipe._execution_device, vae.dtype)
-            latents = vae.encode(scaled).latent_dist.mode().float()
-        return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+        config = pipe.vae.config
+        return (posterior_mode(pipe, pictures) - (config.shift_factor or 0.0)) * config.scaling_factor
 
     @torch.no_grad()
     def decode_latents(self, pipe: Pipeline, latents: Tensor) -> Tensor:
@@ -101,6 +96,16 @@ class LatentFamily:
 
     def guidance_arguments(self, pipe: Pipeline, guidance: float, batch: int) -> dict[str, Any]:
         return {"guidance_scale": guidance, "negative_prompt": [""] * batch}
+
+
+@torch.no_grad()
+def posterior_mode(pipe: Pipeline, pictures: Tensor) -> Tensor:
+    """The VAE's own latents of pictures in [0, 1], float32, not normalised."""
+    with _without_overflow(pipe.vae):
+        # The pipeline's device and not the VAE's, which with offloading is elsewhere until it is called.
+        scaled = (pictures * 2 - 1).to(pipe._execution_device, pipe.vae.dtype)
+        latents: Tensor = pipe.vae.encode(scaled).latent_dist.mode()
+    return latents.float()
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from loco_diffusion.control.controller import Controller
-from loco_diffusion.control.family import text_arguments
 from loco_diffusion.control.maps import ConditionMap, map_tensor, resize_map
 
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
@@ -35,14 +34,14 @@ class ControlledPipeline:
         super().__init_subclass__(**kwargs)
         signature = inspect.signature(cls._stock().__call__)  # type: ignore[operator]
         stock = list(signature.parameters.values())
+        last = [parameter for parameter in stock if parameter.kind is inspect.Parameter.VAR_KEYWORD]
         own = [parameter for parameter in _OWN if parameter.name not in signature.parameters]
-        rest = [stock.pop()] if stock[-1].kind is inspect.Parameter.VAR_KEYWORD else []
 
         def call(self: ControlledPipeline, *args: Any, **arguments: Any) -> Any:
             return self._call(*args, **arguments)
 
         call.__signature__ = signature.replace(  # type: ignore[attr-defined]
-            parameters=[*stock, *own, *rest]
+            parameters=[*stock[: len(stock) - len(last)], *own, *last]
         )
         call.__doc__ = ControlledPipeline._call.__doc__
         cls.__call__ = call  # type: ignore[method-assign]
@@ -113,6 +112,9 @@ class ControlledPipeline:
             width: as height.
             max_sequence_length: tokens of the prompt; default: the tokenizer's limit or the stock default, the
                 smaller one.
+            use_resolution_binning: default: with maps False, so that the picture lies where the maps lie, else
+                the stock default. True draws at another size and crops: give it only where the size is one of
+                the base's own.
 
         Returns:
             What the stock pipeline returns.
@@ -121,13 +123,16 @@ class ControlledPipeline:
             UserError: an unknown adapter name, or a map, strength, start or end that is not usable.
         """
         stock = self._stock().__call__  # type: ignore[operator]
-        bound = inspect.signature(stock).bind(self, *args, **arguments)
+        signature = inspect.signature(stock)
+        bound = signature.bind(self, *args, **arguments)
         call = bound.arguments
         family = self.controller.family
-        for name, value in text_arguments(family, self).items():
-            call.setdefault(name, value)
+        if "max_sequence_length" in signature.parameters:
+            call.setdefault("max_sequence_length", family.text_length(self))
         maps = {name: map_tensor(value, name) for name, value in (control or {}).items()}
         if maps:
+            if "use_resolution_binning" in signature.parameters:
+                call.setdefault("use_resolution_binning", False)
             self._fit(maps, call, family.token_pixels(self))
         with self.controller(maps, strength=control_strength, start=control_start, end=control_end):
             return stock(*bound.args, **bound.kwargs)

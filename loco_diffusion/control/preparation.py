@@ -42,8 +42,9 @@ class Preparation:
     """Makes the conditions of one controller.
 
     The tokens of each adapter's last map, and on the tokens route its keys and values, are kept and used again
-    for the same map; keys and values as long as no weight and no other adapter of the denoiser changes. Changes
-    written into ``parameter.data`` leave no trace: call :meth:`clear` after them.
+    for the same map; keys and values as long as no weight and no other adapter of the denoiser changes. The text
+    of condition passes is kept, too. Changes written into ``parameter.data`` leave no trace: call :meth:`clear`
+    after them.
     """
 
     def __init__(self, family: Family, pipe: Pipeline, denoiser: nn.Module, settings: CacheSettings) -> None:
@@ -53,6 +54,7 @@ class Preparation:
         self._settings = settings
         self._maps: dict[str, tuple[Tensor, MapTokens]] = {}
         self._memories: dict[str, tuple[Any, Tensor, Memory]] = {}
+        self._text: dict[str, Tensor] = {}
 
     @property
     def nbytes(self) -> int:
@@ -63,6 +65,7 @@ class Preparation:
         """Forget what was kept."""
         self._maps.clear()
         self._memories.clear()
+        self._text.clear()
 
     def forget(self, name: str) -> None:
         """Forget what was kept of one adapter."""
@@ -168,7 +171,10 @@ class Preparation:
         """The stock forward of the condition alone, at time 0, with the adapter on."""
         device = self._pipe._execution_device
         latents = self._family.unpack(tokens.tokens, *tokens.grid).to(device)
-        text = self._family.condition_text(self._pipe)
+        if not self._text:
+            with torch.inference_mode(False):  # or what is kept could not serve a backward pass
+                self._text = self._family.condition_text(self._pipe)
+        text = {name: values.to(device) for name, values in self._text.items()}
         memory = Memory()
         own = math.prod(tokens.grid) if self._family.text_in_condition else 0
         with (

@@ -24,9 +24,6 @@ class UNetFamily(LatentFamily):
     component = "unet"
     patch = 1
 
-    def __init__(self) -> None:
-        self._empty: tuple[list[Any], dict[str, Tensor]] | None = None
-
     def input_layer(self, denoiser: nn.Module) -> nn.Module:
         layer = denoiser.conv_in
         assert isinstance(layer, nn.Module)
@@ -69,24 +66,17 @@ class UNetFamily(LatentFamily):
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled[0], "latent_pixels": pixels}
 
     def condition_text(self, pipe: Pipeline) -> dict[str, Tensor]:
-        """The empty prompt, encoded once for as long as the text encoders stay as they are.
-
-        SDXL's pipeline can also guide against zeros, but with these, adapters of cross-attentions do nothing.
+        """The empty prompt; SDXL's pipeline can also guide against zeros, but with these, adapters of
+        cross-attentions would do nothing.
 
         Raises:
             UserError: the pipeline has no text encoder.
         """
-        encoders = [pipe.text_encoder, *([pipe.text_encoder_2] if hasattr(pipe, "text_encoder_2") else [])]
-        if None in encoders:
+        if pipe.text_encoder is None or getattr(pipe, "text_encoder_2", pipe) is None:
             raise UserError(
                 "The tokens route needs the text encoder, for the empty prompt; load the pipeline with it."
             )
-        weights = [weight for encoder in encoders for weight in encoder.parameters()]
-        stamp = [(id(w), w.dtype, 0 if w.is_inference() else w._version) for w in weights]
-        if self._empty is None or self._empty[0] != stamp:
-            with torch.inference_mode(False):  # tensors made in inference mode could not serve training
-                self._empty = stamp, self.encode_prompts(pipe, [""])
-        return {name: tensor.to(pipe._execution_device) for name, tensor in self._empty[1].items()}
+        return self.encode_prompts(pipe, [""])
 
     def guidance_arguments(self, pipe: Pipeline, guidance: float, batch: int) -> dict[str, Any]:
         return {"guidance_scale": guidance}  # the pipeline knows what its model takes for no prompt

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from diffusers import FluxPipeline
-from random_weights import randomise
+from tiny_pipelines.controlled import random_maps
+from tiny_pipelines.controlled import randomise as randomise
 from torch import Tensor
 
 from loco_diffusion import Controller, LoCOConfig
@@ -27,7 +28,7 @@ def draw(pipe: FluxPipeline, prompt: str | list[str] = "a red cube", **arguments
 
 
 def condition_map(seed: int = 0, batch: int = 1, height: int = SIZE, width: int = SIZE) -> Tensor:
-    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+    return random_maps(seed, batch, height, width)
 
 
 def add_trained(

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from control_helpers import add_trained, condition_map, draw
+from control_helpers import add_trained, condition_map, draw, randomise
 from diffusers import FluxPipeline
 from peft import LoraConfig, OFTConfig, PeftModel
-from random_weights import randomise
 from safetensors.torch import load_file, save_file
 
 from loco_diffusion import Controller, LoCOConfig

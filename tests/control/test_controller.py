@@ -8,10 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from control_helpers import SIZE, add_trained, condition_map, draw
+from control_helpers import SIZE, add_trained, condition_map, draw, randomise
 from diffusers import FluxPipeline, StableDiffusionPipeline
 from peft import BOFTConfig, LoraConfig, OFTConfig
-from random_weights import randomise
 
 from loco_diffusion import Controller, LoCOConfig
 from loco_diffusion.control import EncoderConfig, map_tokens

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from control_helpers import condition_map
+from control_helpers import condition_map, randomise
 from peft.tuners.tuners_utils import BaseTunerLayer
-from random_weights import randomise
 from tiny_pipelines import TINY, Tiny
 from torch import Tensor
 from torch.overrides import TorchFunctionMode

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from control_helpers import condition_map, draw
+from control_helpers import condition_map, draw, randomise
 from diffusers import FluxPipeline
-from random_weights import randomise
 
 from loco_diffusion import Controller, LoCOConfig
 from loco_diffusion.control import CacheSettings, EncoderConfig, TokensConfig

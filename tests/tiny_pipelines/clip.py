@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from conftest import TEXT_LENGTH, build_clip_tokenizer
+from conftest import TEXT_LENGTH, make_clip_tokenizer
 from transformers import CLIPTextConfig, CLIPTokenizer, PreTrainedModel
 
 Encoder = TypeVar("Encoder", bound=PreTrainedModel)
@@ -13,7 +13,7 @@ WIDTH = 32
 
 def build_clip(encoder: type[Encoder]) -> tuple[CLIPTokenizer, Encoder]:
     """A tokenizer of TEXT_LENGTH tokens, and an encoder of the given class, of two layers, WIDTH wide."""
-    tokenizer = build_clip_tokenizer()
+    tokenizer = make_clip_tokenizer()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,

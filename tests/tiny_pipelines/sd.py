@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from tiny_pipelines.clip import WIDTH, build_clip
+from tiny_pipelines.parts import make_vae
 
 
 def build(version: int = 1) -> StableDiffusionPipeline:
@@ -25,7 +26,7 @@ def build(version: int = 1) -> StableDiffusionPipeline:
             norm_num_groups=4,
         )
         tokenizer, text_encoder = build_clip(CLIPTextModel)
-        vae = build_vae()
+        vae = make_vae(4, scaling_factor=0.18215)
     scheduler = DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -45,16 +46,3 @@ def build(version: int = 1) -> StableDiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-
-
-def build_vae(scaling_factor: float = 0.18215) -> AutoencoderKL:
-    """A VAE with four channels and 8-px latents."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        latent_channels=4,
-        norm_num_groups=4,
-        layers_per_block=1,
-        scaling_factor=scaling_factor,
-    ).eval()

@@ -7,7 +7,7 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DC
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from tiny_pipelines.clip import WIDTH, build_clip
-from tiny_pipelines.sd import build_vae
+from tiny_pipelines.parts import make_vae
 
 
 def build() -> StableDiffusionXLPipeline:
@@ -32,7 +32,7 @@ def build() -> StableDiffusionXLPipeline:
         )
         tokenizer, text_encoder = build_clip(CLIPTextModel)
         tokenizer_2, text_encoder_2 = build_clip(CLIPTextModelWithProjection)
-        vae = build_vae(0.13025)
+        vae = make_vae(4, scaling_factor=0.13025)
     scheduler = EulerDiscreteScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
