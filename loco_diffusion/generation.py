@@ -7,9 +7,9 @@ picture = session.generate(["a red cube"], [0], maps={"canny": edges})[0]
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import nn
 from loco_diffusion.bases import load_base
 from loco_diffusion.control import ConditionMap, Controller, family_of, resize_map
 from loco_diffusion.control.family import Pipeline
+from loco_diffusion.control.sampling import Sampling
 from loco_diffusion.embedded import GUIDANCE, STEPS, packaged_adapter
 from loco_diffusion.errors import UserError
 from loco_diffusion.images import to_pil, to_tensor
@@ -28,24 +29,6 @@ PACKAGED_SIZE = 128
 
 MAX_SIDE = 4096
 """Longest side, in pixels, that a picture may have; no supported base was trained on longer ones."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a picture is drawn.
-
-    Attributes:
-        width: in pixels, a multiple of the base's token size (16).
-        height: as width.
-        steps: denoising steps, at least 1.
-        guidance: the embedded guidance scale of a guidance-distilled base (FLUX.1-dev); of others the scale
-            of classifier-free guidance against the empty prompt, where 1 is none.
-    """
-
-    width: int
-    height: int
-    steps: int
-    guidance: float
 
 
 class Session:
@@ -123,9 +106,8 @@ class Session:
 
     def check_prompt_length(self, prompt: str) -> None:
         """Raise UserError if the base would not read the end of the prompt."""
-        tokenizer = getattr(self.pipe, "tokenizer_2", None) or self.pipe.tokenizer
-        count = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
-        limit = self.controller.family.text_length(self.pipe)
+        family = self.controller.family
+        count, limit = family.prompt_length(self.pipe, prompt), family.text_length(self.pipe)
         if count > limit:
             raise UserError(
                 f"The prompt has {count} tokens, but this model reads only the first {limit}; shorten it."
@@ -159,6 +141,7 @@ class Session:
             UserError: a map or strength is not usable, memory does not suffice, or the picture has NaN.
         """
         chosen = sampling or self.defaults
+        family = self.controller.family
 
         def report(pipe: Pipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             if on_step is not None:
@@ -173,10 +156,9 @@ class Session:
                     width=chosen.width,
                     num_inference_steps=chosen.steps,
                     generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                    max_sequence_length=self.controller.family.text_length(self.pipe),
                     output_type="pt",
-                    callback_on_step_end=report,
-                    **self._guidance(chosen.guidance, len(prompts)),
+                    **self._stock_arguments(report),
+                    **family.guidance_arguments(self.pipe, chosen.guidance, len(prompts)),
                 ).images
         except torch.OutOfMemoryError as error:
             raise UserError(
@@ -185,22 +167,26 @@ class Session:
             ) from error
         return [to_pil(picture) for picture in drawn]
 
-    @torch.no_grad()
+    def _stock_arguments(self, report: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+        """Arguments that not every pipeline's call has."""
+        wanted = {
+            "callback_on_step_end": report,
+            # As much of a prompt as `check_prompt_length` allows; tokenizers alone decide where there is no limit.
+            "max_sequence_length": self.controller.family.text_length(self.pipe),
+            "use_resolution_binning": False,  # would draw another size, and scale it
+        }
+        known = inspect.signature(type(self.pipe).__call__).parameters
+        return {name: value for name, value in wanted.items() if name in known}
+
     def reconstruct(self, pictures: Sequence[Image.Image]) -> list[Image.Image]:
         """RGB pictures of one size through the base's VAE and back: the best that any control could do.
 
         Width and height must be multiples of `token_pixels`.
         """
         stack = torch.stack([to_tensor(picture) for picture in pictures])
-        vae = self.pipe.vae
-        latents = self.controller.family.encode_pictures(self.pipe, stack) / vae.config.scaling_factor
-        decoded = vae.decode((latents + (vae.config.shift_factor or 0.0)).to(vae.dtype)).sample
-        return [to_pil(picture) for picture in decoded.float() / 2 + 0.5]
-
-    def _guidance(self, guidance: float, batch: int) -> dict[str, Any]:
-        if self.pipe.transformer.config.guidance_embeds:
-            return {"guidance_scale": guidance}
-        return {"true_cfg_scale": guidance, "negative_prompt": [""] * batch}
+        family = self.controller.family
+        decoded = family.decode_latents(self.pipe, family.encode_pictures(self.pipe, stack))
+        return [to_pil(picture) for picture in decoded]
 
 
 def open_session(model: str | os.PathLike[str] | None = None) -> Session:
@@ -218,14 +204,11 @@ def open_session(model: str | os.PathLike[str] | None = None) -> Session:
     """
     pipe = load_base(model, torch.float32 if model is None else torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
-    family_of(pipe)
+    family = family_of(pipe)
     _place(pipe)
     if model is None:
         return Session(pipe, Sampling(PACKAGED_SIZE, PACKAGED_SIZE, STEPS, GUIDANCE))
-    side = pipe.default_sample_size * pipe.vae_scale_factor
-    if pipe.transformer.config.guidance_embeds:  # FLUX.1-dev
-        return Session(pipe, Sampling(side, side, steps=28, guidance=3.5))
-    return Session(pipe, Sampling(side, side, steps=4, guidance=1.0))  # FLUX.1-schnell
+    return Session(pipe, family.default_sampling(pipe))
 
 
 def fit_map(image: Image.Image, condition: str, width: int, height: int) -> Image.Image:

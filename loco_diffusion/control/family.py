@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from loco_diffusion.control.joint import JointCondition
+from loco_diffusion.control.sampling import Sampling
 from loco_diffusion.errors import UserError
 
 Pipeline: TypeAlias = Any
@@ -24,6 +25,7 @@ _FAMILIES = {
     "SD3Transformer2DModel": "sd3:SD3Family",
     "PixArtTransformer2DModel": "pixart:PixArtFamily",
     "SanaTransformer2DModel": "sana:SanaFamily",
+    "UNet2DConditionModel": "unet:UNetFamily",
 }
 
 
@@ -85,8 +87,17 @@ class Family(Protocol):
     def encode_pictures(self, pipe: Pipeline, pictures: Tensor) -> Tensor:
         """Latents (the posterior's mode, float32) of pictures; without gradient."""
 
+    def decode_latents(self, pipe: Pipeline, latents: Tensor) -> Tensor:
+        """Pictures, float32, of latents as `encode_pictures` gives them; without gradient."""
+
+    def default_sampling(self, pipe: Pipeline) -> Sampling:
+        """The size, steps and guidance that suit the model."""
+
     def text_length(self, pipe: Pipeline) -> int:
         """Tokens that a prompt is padded or cut to."""
+
+    def prompt_length(self, pipe: Pipeline, prompt: str) -> int:
+        """Tokens of a prompt that is neither padded nor cut."""
 
     def guidance_arguments(self, pipe: Pipeline, guidance: float, batch: int) -> dict[str, Any]:
         """Arguments of the pipeline's call for a guidance scale and that many prompts; 1 is none."""

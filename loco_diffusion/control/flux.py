@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from loco_diffusion.control.flux_joint import JointFlux
 from loco_diffusion.control.flux_positions import image_ids
 from loco_diffusion.control.joint import JointCondition
 from loco_diffusion.control.latents import LatentFamily
+from loco_diffusion.control.sampling import Sampling
 
 
 class FluxFamily(LatentFamily):
@@ -75,6 +77,12 @@ class FluxFamily(LatentFamily):
             "pooled_prompt_embeds": torch.zeros(1, config.pooled_projection_dim, device=device),
             "text_ids": torch.zeros(0, 3, device=device),
         }
+
+    def default_sampling(self, pipe: Pipeline) -> Sampling:
+        """The stock pipeline's is FLUX.1-dev's; a model without embedded guidance is FLUX.1-schnell."""
+        stock = super().default_sampling(pipe)
+        distilled = unwrapped(pipe.transformer).config.guidance_embeds
+        return stock if distilled else replace(stock, steps=4, guidance=1.0)
 
     def guidance_arguments(self, pipe: Pipeline, guidance: float, batch: int) -> dict[str, Any]:
         if unwrapped(pipe.transformer).config.guidance_embeds:

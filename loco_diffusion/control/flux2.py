@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from loco_diffusion.control.family import Pipeline, unwrapped
 from loco_diffusion.control.flux import FluxFamily
-from loco_diffusion.control.latents import LatentFamily, posterior_mode
+from loco_diffusion.control.latents import LatentFamily, decoded, posterior_mode
+from loco_diffusion.control.sampling import Sampling
 
 
 class Flux2Family(FluxFamily):
@@ -35,9 +36,21 @@ class Flux2Family(FluxFamily):
 
     def encode_pictures(self, pipe: Pipeline, pictures: Tensor) -> Tensor:
         latents = nn.functional.pixel_unshuffle(posterior_mode(pipe, pictures), 2)
+        mean, deviation = self._statistics(pipe, latents)
+        return (latents - mean) / deviation
+
+    def decode_latents(self, pipe: Pipeline, latents: Tensor) -> Tensor:
+        mean, deviation = self._statistics(pipe, latents)
+        return decoded(pipe, nn.functional.pixel_shuffle(latents * deviation + mean, 2))
+
+    def _statistics(self, pipe: Pipeline, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of each channel, (C, 1, 1)."""
         norm = pipe.vae.bn
-        mean, variance = (t.float().view(-1, 1, 1).to(latents) for t in (norm.running_mean, norm.running_var))
-        return (latents - mean) / (variance + pipe.vae.config.batch_norm_eps).sqrt()
+        mean, variance = (t.float().view(-1, 1, 1).to(like) for t in (norm.running_mean, norm.running_var))
+        return mean, (variance + pipe.vae.config.batch_norm_eps).sqrt()
+
+    def default_sampling(self, pipe: Pipeline) -> Sampling:
+        return LatentFamily.default_sampling(self, pipe)
 
     def text_length(self, pipe: Pipeline) -> int:
         return pipe.tokenizer_max_length

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from loco_diffusion.control.family import Pipeline, unwrapped
 from loco_diffusion.control.joint import JointCondition
+from loco_diffusion.control.sampling import Sampling
 from loco_diffusion.errors import UserError
 
 
@@ -72,7 +73,7 @@ class LatentFamily:
 
     def encode_pictures(self, pipe: Pipeline, pictures: Tensor) -> Tensor:
         config = pipe.vae.config
-        return (posterior_mode(pipe, pictures) - (config.shift_factor or 0.0)) * config.scaling_factor
+        return (posterior_mode(pipe, pictures) - (config.get("shift_factor") or 0.0)) * config.scaling_factor
 
     def text_length(self, pipe: Pipeline) -> int:
         """The tokenizer's limit or the stock pipeline's default, the smaller one."""
@@ -85,6 +86,29 @@ class LatentFamily:
 
     def condition_text(self, pipe: Pipeline) -> dict[str, Tensor]:
         return self.encode_prompts(pipe, [""])
+
+    def decode_latents(self, pipe: Pipeline, latents: Tensor) -> Tensor:
+        config = pipe.vae.config
+        return decoded(pipe, latents / config.scaling_factor + (config.get("shift_factor") or 0.0))
+
+    def default_sampling(self, pipe: Pipeline) -> Sampling:
+        """What the stock pipeline takes when its call does not say."""
+        stock = {name: p.default for name, p in inspect.signature(type(pipe).__call__).parameters.items()}
+        size = getattr(pipe, "default_sample_size", None) or getattr(pipe, self.component).config.sample_size
+        rows, columns = (size, size) if isinstance(size, int) else size
+        return Sampling(
+            width=stock["width"] or columns * pipe.vae_scale_factor,
+            height=stock["height"] or rows * pipe.vae_scale_factor,
+            steps=stock["num_inference_steps"],
+            guidance=stock["guidance_scale"],
+        )
+
+    def prompt_length(self, pipe: Pipeline, prompt: str) -> int:
+        """By the tokenizer that reads most, which is the last one."""
+        tokenizers = (getattr(pipe, name, None) for name in ("tokenizer_3", "tokenizer_2", "tokenizer"))
+        tokenizer = next(tokenizer for tokenizer in tokenizers if tokenizer is not None)
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor of text and pictures
+        return len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
 
     def guidance_arguments(self, pipe: Pipeline, guidance: float, batch: int) -> dict[str, Any]:
         return {"guidance_scale": guidance, "negative_prompt": [""] * batch}
@@ -100,10 +124,32 @@ class LatentFamily:
 @torch.no_grad()
 def posterior_mode(pipe: Pipeline, pictures: Tensor) -> Tensor:
     """The VAE's own latents of pictures in [0, 1], float32, not normalised."""
-    # The pipeline's device and not the VAE's, which with offloading is elsewhere until it is called.
-    scaled = (pictures * 2 - 1).to(pipe._execution_device, pipe.vae.dtype)
-    latents: Tensor = pipe.vae.encode(scaled).latent_dist.mode()
+    with _without_overflow(pipe.vae):
+        # The pipeline's device and not the VAE's, which with offloading is elsewhere until it is called.
+        scaled = (pictures * 2 - 1).to(pipe._execution_device, pipe.vae.dtype)
+        latents: Tensor = pipe.vae.encode(scaled).latent_dist.mode()
     return latents.float()
+
+
+@contextmanager
+def _without_overflow(vae: Any) -> Iterator[None]:
+    """In the block, a VAE computes in float32 if it would overflow in float16, as SDXL's does."""
+    upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast")
+    if upcast:
+        vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        if upcast:
+            vae.to(torch.float16)
+
+
+@torch.no_grad()
+def decoded(pipe: Pipeline, latents: Tensor) -> Tensor:
+    """Pictures, float32, about in [0, 1], of the VAE's own latents; undoes `posterior_mode`."""
+    with _without_overflow(pipe.vae):
+        pictures: Tensor = pipe.vae.decode(latents.to(pipe._execution_device, pipe.vae.dtype)).sample
+    return pictures.float() / 2 + 0.5
 
 
 def call_default(pipe: Pipeline, argument: str) -> Any:

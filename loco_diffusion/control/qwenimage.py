@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loco_diffusion.control.family import Pipeline, stack_rows, unwrapped
-from loco_diffusion.control.latents import LatentFamily, posterior_mode
+from loco_diffusion.control.latents import LatentFamily, call_default, decoded, posterior_mode
+from loco_diffusion.control.sampling import Sampling
 
 MAX_TEXT_LENGTH = 512  # the default of the stock pipeline's call
 
@@ -50,9 +52,21 @@ class QwenImageFamily(LatentFamily):
 
     def encode_pictures(self, pipe: Pipeline, pictures: Tensor) -> Tensor:
         latents = posterior_mode(pipe, pictures.unsqueeze(2)).squeeze(2)
+        mean, deviation = self._statistics(pipe, latents)
+        return (latents - mean) / deviation
+
+    def decode_latents(self, pipe: Pipeline, latents: Tensor) -> Tensor:
+        mean, deviation = self._statistics(pipe, latents)
+        return decoded(pipe, (latents * deviation + mean).unsqueeze(2)).squeeze(2)
+
+    def _statistics(self, pipe: Pipeline, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of each channel, (C, 1, 1)."""
         config = pipe.vae.config
-        mean, std = (latents.new_tensor(t).view(-1, 1, 1) for t in (config.latents_mean, config.latents_std))
-        return (latents - mean) / std
+        mean, std = (like.new_tensor(t).view(-1, 1, 1) for t in (config.latents_mean, config.latents_std))
+        return mean, std
+
+    def default_sampling(self, pipe: Pipeline) -> Sampling:
+        return replace(super().default_sampling(pipe), guidance=call_default(pipe, "true_cfg_scale"))
 
     def text_length(self, pipe: Pipeline) -> int:
         return min(MAX_TEXT_LENGTH, pipe.tokenizer_max_length)

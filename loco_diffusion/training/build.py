@@ -40,13 +40,17 @@ def build_controller(config: TrainingConfig, pipe: DiffusionPipeline) -> Control
             take the adapter.
     """
     family = family_of(pipe)
+    denoiser = type(family.denoiser(pipe)).__name__
+    if not family.flow:
+        raise UserError(
+            f"Training knows flow-matching models only, and a {denoiser} is none; use a base like FLUX.1."
+        )
     token = family.token_pixels(pipe) * (config.tokens.stride if config.tokens else 1)
     if config.data.size % token:
         raise UserError(
             f"data.size is {config.data.size}, but this base needs a multiple of {token}; "
             f"use {max(1, config.data.size // token) * token}."
         )
-    denoiser = type(family.denoiser(pipe)).__name__
     targets = config.adapter.target_modules
     if isinstance(targets, str) and targets in PRESETS:
         known = default_target_modules(denoiser, targets)

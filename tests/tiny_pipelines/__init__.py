@@ -65,6 +65,9 @@ def _build(family: str) -> Callable[[], Any]:
     return lambda: import_module(f"{__name__}.{family}").build()
 
 
+_GUIDED = {"negative_prompt": "", "guidance_scale": 3.0}
+_FREE = {"guidance_scale": 1.0}
+
 TINY = {
     tiny.name: tiny
     for tiny in (
@@ -131,5 +134,7 @@ TINY = {
             guided={"guidance_scale": 3.0},
             free={"guidance_scale": 1.0},
         ),
+        Tiny("sd", _build("sd"), side=64, guided=_GUIDED, free=_FREE),
+        Tiny("sdxl", _build("sdxl"), side=64, guided=_GUIDED, free=_FREE),
     )
 }
