@@ -85,6 +85,7 @@ TINY = {
             side=16,
             call={"max_sequence_length": 12},
             guided={"guidance_scale": 3.0},
+            free={"guidance_scale": 1.0},
             text="before",
             start=(16, 4, 4),
         ),
