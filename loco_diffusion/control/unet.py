@@ -22,6 +22,7 @@ class UNetFamily(LatentFamily):
     spatial = True
     flow = False
     component = "unet"
+    numbers = ("in_channels", "cross_attention_dim")
     patch = 1
 
     def input_layer(self, denoiser: nn.Module) -> nn.Module:
@@ -41,13 +42,8 @@ class UNetFamily(LatentFamily):
 
     def base_numbers(self, pipe: Pipeline) -> dict[str, int]:
         unet = self.denoiser(pipe)
-        config = unwrapped(unet).config
-        return super().base_numbers(pipe) | {
-            "in_channels": config.in_channels,
-            "cross_attention_dim": config.cross_attention_dim,
-            "hidden_size": self.hidden_size(unet),
-            "self_attentions": len(self.self_attentions(unet)),
-        }
+        sizes = {"hidden_size": self.hidden_size(unet), "self_attentions": len(self.self_attentions(unet))}
+        return super().base_numbers(pipe) | sizes
 
     def text_length(self, pipe: Pipeline) -> int:
         return pipe.tokenizer.model_max_length
