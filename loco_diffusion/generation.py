@@ -158,7 +158,7 @@ class Session:
                     generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                     output_type="pt",
                     callback_on_step_end=report,
-                    **self._text_arguments(),
+                    **self._call_arguments(),
                     **family.guidance_arguments(self.pipe, chosen.guidance, len(prompts)),
                 ).images
         except torch.OutOfMemoryError as error:
@@ -168,12 +168,14 @@ class Session:
             ) from error
         return [to_pil(picture) for picture in drawn]
 
-    def _text_arguments(self) -> dict[str, int]:
-        """What makes the pipeline read as much of a prompt as `check_prompt_length` allows."""
-        name = "max_sequence_length"
-        if name not in inspect.signature(type(self.pipe).__call__).parameters:
-            return {}  # its tokenizers alone decide
-        return {name: self.controller.family.text_length(self.pipe)}
+    def _call_arguments(self) -> dict[str, Any]:
+        """Arguments that only some pipelines' calls take."""
+        wanted = {
+            "max_sequence_length": self.controller.family.text_length(self.pipe),
+            "use_resolution_binning": False,  # would draw at another size than the maps'
+        }
+        taken = inspect.signature(type(self.pipe).__call__).parameters
+        return {name: value for name, value in wanted.items() if name in taken}
 
     def reconstruct(self, pictures: Sequence[Image.Image]) -> list[Image.Image]:
         """RGB pictures of one size through the base's VAE and back: the best that any control could do.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from tiny_pipelines import TINY, Tiny
 from tiny_pipelines.controlled import randomise
@@ -49,7 +50,10 @@ def test_a_session_draws_what_the_pipeline_draws(tiny: Tiny, session: Any) -> No
     assert defaults.steps >= 1 and defaults.guidance >= 1
     free = session.generate(["a red cube"], [0], Sampling(tiny.side, 2 * tiny.side, 2, 1.0))[0]
     assert free.size == (tiny.side, 2 * tiny.side)
-    expected = tiny.draw(session.pipe, height=2 * tiny.side, output_type="pt")
+    family, pipe = session.controller.family, session.pipe
+    arguments = session._call_arguments() | family.guidance_arguments(pipe, 1.0, 1)
+    arguments.pop("negative_prompt", None)  # without guidance, none is read
+    expected = tiny.draw(pipe, height=2 * tiny.side, output_type="pt", **arguments)
     assert free.tobytes() == to_pil(expected[0]).tobytes()
     guided = session.generate(["a red cube", ""], [0, 1], Sampling(tiny.side, 2 * tiny.side, 2, 3.0))
     assert guided[0].tobytes() != free.tobytes() and guided[0].tobytes() != guided[1].tobytes()
@@ -59,6 +63,20 @@ def test_pictures_through_the_vae(tiny: Tiny, session: Any) -> None:
     pictures = [Image.linear_gradient("L").resize((2 * tiny.side, tiny.side)).convert("RGB")] * 2
     first, second = session.reconstruct(pictures)
     assert first.size == pictures[0].size and first.tobytes() == second.tobytes()
+    family, pipe = session.controller.family, session.pipe
+    steps: list[torch.Tensor] = []
+    drawn = tiny.draw(
+        pipe,
+        height=2 * tiny.side,
+        output_type="pt",
+        callback_on_step_end=lambda pipe, step, time, tensors: steps.append(tensors["latents"]) or {},
+    )
+    latents = steps[-1]
+    if latents.ndim == 3:  # packed
+        rows, columns = (side // session.token_pixels for side in drawn.shape[-2:])
+        latents = family.unpack(latents, rows, columns)
+    decoded = family.decode_latents(pipe, latents).clamp(0, 1)
+    torch.testing.assert_close(decoded, drawn.float(), atol=0.02, rtol=0)  # bfloat16
 
 
 def test_a_prompt_is_read_to_its_end_or_refused(tiny: Tiny, session: Any) -> None:

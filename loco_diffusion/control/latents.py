@@ -68,13 +68,9 @@ class LatentFamily:
         config = pipe.vae.config
         return (posterior_mode(pipe, pictures) - (config.shift_factor or 0.0)) * config.scaling_factor
 
-    @torch.no_grad()
     def decode_latents(self, pipe: Pipeline, latents: Tensor) -> Tensor:
-        vae = pipe.vae
-        with _without_overflow(vae):
-            unscaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-            pictures = vae.decode(unscaled.to(pipe._execution_device, vae.dtype)).sample
-        return pictures.float() / 2 + 0.5
+        config = pipe.vae.config
+        return decoded(pipe, latents / config.scaling_factor + (config.get("shift_factor") or 0.0))
 
     def default_sampling(self, pipe: Pipeline) -> Sampling:
         """What the stock pipeline takes when its call does not say."""
@@ -106,6 +102,14 @@ def posterior_mode(pipe: Pipeline, pictures: Tensor) -> Tensor:
         scaled = (pictures * 2 - 1).to(pipe._execution_device, pipe.vae.dtype)
         latents: Tensor = pipe.vae.encode(scaled).latent_dist.mode()
     return latents.float()
+
+
+@torch.no_grad()
+def decoded(pipe: Pipeline, latents: Tensor) -> Tensor:
+    """Pictures, float32, around [0, 1], of the VAE's own latents."""
+    with _without_overflow(pipe.vae):
+        pictures: Tensor = pipe.vae.decode(latents.to(pipe._execution_device, pipe.vae.dtype)).sample
+    return pictures.float() / 2 + 0.5
 
 
 @contextmanager
