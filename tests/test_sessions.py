@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from tiny_pipelines import TINY, Tiny
 from tiny_pipelines.controlled import randomise
@@ -57,10 +58,20 @@ def test_a_session_draws_what_the_pipeline_draws(tiny: Tiny, session: Any) -> No
     assert guided[0].tobytes() != free.tobytes() and guided[0].tobytes() != guided[1].tobytes()
 
 
-def test_pictures_through_the_vae(tiny: Tiny, session: Any) -> None:
+def test_pictures_through_the_vae(tiny: Tiny, session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = [Image.linear_gradient("L").resize((2 * tiny.side, tiny.side)).convert("RGB")] * 2
     first, second = session.reconstruct(pictures)
     assert first.size == pictures[0].size and first.tobytes() == second.tobytes()
+    family, pipe = session.controller.family, session.pipe
+    step, results = pipe.scheduler.step, []
+    monkeypatch.setattr(pipe.scheduler, "step", lambda *a, **k: results.append(step(*a, **k)) or results[-1])
+    drawn = tiny.draw(pipe, height=2 * tiny.side, output_type="pt")
+    latents = results[-1][0]
+    if latents.ndim == 3:  # packed
+        rows, columns = (side // session.token_pixels for side in drawn.shape[-2:])
+        latents = family.unpack(latents, rows, columns)
+    decoded = family.decode_latents(pipe, latents).clamp(0, 1)
+    torch.testing.assert_close(decoded, drawn.float(), atol=0.02, rtol=0)  # bfloat16
 
 
 def test_a_prompt_is_read_to_its_end_or_refused(tiny: Tiny, session: Any) -> None:
