@@ -131,14 +131,6 @@ def posterior_mode(pipe: Pipeline, pictures: Tensor) -> Tensor:
     return latents.float()
 
 
-@torch.no_grad()
-def decoded(pipe: Pipeline, latents: Tensor) -> Tensor:
-    """Pictures, float32, around [0, 1], of the VAE's own latents."""
-    with _without_overflow(pipe.vae):
-        pictures: Tensor = pipe.vae.decode(latents.to(pipe._execution_device, pipe.vae.dtype)).sample
-    return pictures.float() / 2 + 0.5
-
-
 @contextmanager
 def _without_overflow(vae: Any) -> Iterator[None]:
     """In the block, a VAE computes in float32 if it would overflow in float16, as SDXL's does."""
