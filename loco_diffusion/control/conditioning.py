@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from loco_diffusion.control.adapter import ALWAYS, Window
 from loco_diffusion.control.attention import Recall, SelfAttentions
 from loco_diffusion.control.family import Pipeline
 from loco_diffusion.control.features import Features, FeatureSum
+from loco_diffusion.control.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Conditioning:
         denoiser: the model.
         attentions: its self-attentions, where a condition is of the tokens route.
         conditions: by name, in the order in which adapters apply.
-        token_pixels, copies: see `FeatureSum`.
+        token_pixels: see `FeatureSum`.
+        rows: of the denoiser's batch.
     """
 
     def __init__(
@@ -54,14 +57,14 @@ class Conditioning:
         attentions: SelfAttentions | None,
         conditions: Mapping[str, Condition],
         token_pixels: int,
-        copies: Callable[[], int],
+        rows: Rows,
     ) -> None:
         self.features: FeatureSum | None = None
         self._denoiser = denoiser
         self._attentions = attentions
         self._conditions = conditions
         self._token_pixels = token_pixels
-        self._copies = copies
+        self._rows = rows
         self._switched = ExitStack()
 
     @contextmanager
@@ -72,21 +75,28 @@ class Conditioning:
             self._on(0.0)
             if self._attentions is not None:
                 stack.enter_context(recomputing(self._denoiser, self._attentions))
-            if any(condition.window != ALWAYS for condition in self._conditions.values()):
+            windows = any(condition.window != ALWAYS for condition in self._conditions.values())
+            if windows or not self._rows.unconditional:
                 stack.enter_context(after_each_step(pipe.scheduler, self._on))
             yield
 
     def _on(self, share: float) -> None:
+        self._rows.later = False
         acting = {name: c for name, c in self._conditions.items() if c.acts(share)}
         self._off()
         features = {name: c.features for name, c in acting.items() if c.features is not None}
         if features:
-            self.features = FeatureSum(features, self._token_pixels, self._copies)
+            self.features = FeatureSum(features, self._token_pixels, self._rows)
         strengths = {name: c.turning for name, c in acting.items() if c.turning is not None}
         recalls = [c.recall for c in acting.values() if c.recall is not None]
         if self._attentions is not None:
             self._switched.enter_context(self._attentions.recalling(recalls))
         self._switched.enter_context(layers.activated(self._denoiser, strengths))
+
+    def called(self) -> None:
+        """To be called after the denoiser: what it is asked next in the same step is the unconditional half."""
+        if not self._rows.unconditional:  # written only then, so that compiled models are not compiled again
+            self._rows.later = True
 
     def _off(self) -> None:
         self._switched.close()
@@ -138,21 +148,37 @@ def recomputing(denoiser: nn.Module, attentions: SelfAttentions) -> Iterator[Non
 
 @contextmanager
 def after_each_step(scheduler: Any, act: Callable[[float], None]) -> Iterator[None]:
-    """In the block, call `act` with the share of the steps that are done, after each step of a scheduler."""
-    step = scheduler.step
-    done = 0
+    """In the block, call `act` with the share of the steps that are done: after each step of a scheduler, and
+    when it begins anew."""
+    step, set_timesteps = scheduler.step, scheduler.set_timesteps
+    done, steps = 0, 0
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal done
-        result = step(*args, **kwargs)
-        # Image-to-image starts at a later step than the first.
-        steps = len(scheduler.timesteps) - (getattr(scheduler, "begin_index", None) or 0)
-        done = done + 1 if done + 1 < steps else 0  # another picture may follow
+    @wraps(step)  # pipelines look which arguments it has
+    def counted(output: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal done, steps
+        if done == 0:
+            steps = len(scheduler.timesteps) - _first_step(scheduler, timestep)
+        result = step(output, timestep, *args, **kwargs)
+        done = (done + 1) % steps  # another picture may follow
         act(done / steps)
         return result
 
-    scheduler.step = counted
+    @wraps(set_timesteps)
+    def anew(*args: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        done = 0  # the last picture may have been left unfinished
+        act(0.0)
+        return set_timesteps(*args, **kwargs)
+
+    scheduler.step, scheduler.set_timesteps = counted, anew
     try:
         yield
     finally:
-        del scheduler.step
+        del scheduler.step, scheduler.set_timesteps
+
+
+def _first_step(scheduler: Any, timestep: Any) -> int:
+    """The number of a picture's first step; image-to-image begins later than at 0."""
+    if hasattr(scheduler, "begin_index"):
+        return scheduler.begin_index or 0
+    return int((scheduler.timesteps == timestep).nonzero()[0])  # waits for the device, once a picture

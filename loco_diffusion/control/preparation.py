@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loco_diffusion.control import layers
 from loco_diffusion.control.adapter import Adapter
-from loco_diffusion.control.attention import Memory, Recall, SelfAttentions
+from loco_diffusion.control.attention import Memory, Recall, SelfAttentions, out_of_memory
 from loco_diffusion.control.conditioning import recomputing
 from loco_diffusion.control.encoder import ConditionEncoder, EncoderInput
 from loco_diffusion.control.family import Family, Pipeline
@@ -131,8 +131,16 @@ class Preparation:
         given: Tensor | MapTokens,
         strength: float,
         keep: Tensor | None,
+        unconditional: bool,
     ) -> Recall:
-        """A condition of the tokens route; arguments as for `features`."""
+        """A condition of the tokens route; arguments as for `features`.
+
+        Args:
+            unconditional: whether the unconditional half of guidance sees the condition.
+
+        Raises:
+            UserError: the memory does not suffice for the condition, or an attention cannot show it.
+        """
         settings = adapter.info.tokens
         assert settings is not None
         if isinstance(given, Tensor) and settings.stride > 1:
@@ -142,14 +150,13 @@ class Preparation:
         stamp = (tokens.grid, settings, self._stamp())
         kept = self._memories.get(name)
         if kept is None or kept[0] != stamp or not torch.equal(kept[1], tokens.tokens):
+            self._memories.pop(name, None)  # makes room for the next one
             memory = self._condition_pass(name, attentions, tokens, settings.stride)
-            memory = memory.to(self._settings.device, self._settings.dtype)
-            self._memories.pop(name, None)
             if memory.reusable:
                 self._memories[name] = stamp, tokens.tokens, memory
         else:
             memory = kept[2]
-        return Recall(memory, _bias(strength, keep))
+        return Recall(memory, _bias(strength, keep, unconditional))
 
     def _tokens(self, name: str, given: Tensor | MapTokens, input: EncoderInput) -> MapTokens:
         if isinstance(given, MapTokens):
@@ -165,7 +172,7 @@ class Preparation:
     def _condition_pass(
         self, name: str, attentions: SelfAttentions, tokens: MapTokens, stride: int
     ) -> Memory:
-        """The stock forward of the condition alone, at time 0, with the adapter on."""
+        """What the stock forward of the condition alone, at time 0, with the adapter on, leaves behind."""
         device = self._pipe._execution_device
         latents = self._family.unpack(tokens.tokens, *tokens.grid).to(device)
         text = self._family.condition_text(self._pipe)
@@ -177,23 +184,42 @@ class Preparation:
             recomputing(self._denoiser, attentions),
         ):
             time = torch.zeros(len(latents), device=device)
-            self._family.predict(self._denoiser, latents, time, text, stride=stride)
+            try:
+                self._family.predict(self._denoiser, latents, time, text, stride=stride)
+                memory = memory.to(self._settings.device, self._settings.dtype)
+            except torch.OutOfMemoryError as error:
+                raise out_of_memory(self._expected_nbytes(tokens, len(attentions))) from error
+        if len(memory.layers) < len(attentions):
+            raise UserError(
+                f"Only {len(memory.layers)} of {len(attentions)} self-attentions have seen the condition {name!r}, "
+                "because others are skipped: turn off the denoiser's caching with denoiser.disable_cache()."
+            )
         return memory
 
+    def _expected_nbytes(self, tokens: MapTokens, attentions: int) -> int:
+        """Keys and values of a condition, as if all attentions were as wide as the input layer's output."""
+        denoiser: Any = self._denoiser
+        width = self._family.hidden_size(denoiser)
+        size = (self._settings.dtype or denoiser.dtype).itemsize
+        return 2 * attentions * len(tokens) * math.prod(tokens.grid) * width * size
+
     def _stamp(self) -> tuple[Any, ...]:
-        """Changes when a weight of the denoiser changes, or what is switched on in it."""
-        weights = [t for t in self._denoiser.parameters() if not t.is_inference()]
+        """Changes when a weight of the denoiser changes, or what is switched on or merged in it.
+
+        Addresses are left out: offloading and casting change them.
+        """
+        weights = [(t._version, t.dtype) for t in self._denoiser.parameters() if not t.is_inference()]
         switches = [
-            (*layer.active_adapters, *getattr(layer, "scaling", {}).items())
+            (*layer.active_adapters, *layer.merged_adapters, *getattr(layer, "scaling", {}).items())
             for layer in self._denoiser.modules()
             if isinstance(layer, BaseTunerLayer)
         ]
-        return tuple((t._version, t.data_ptr(), t.dtype) for t in weights), tuple(switches)
+        return weights, switches
 
 
-def _bias(strength: float, keep: Tensor | None) -> Tensor | None:
+def _bias(strength: float, keep: Tensor | None, unconditional: bool) -> Tensor | None:
     """The bias of a condition's keys: log(strength), -inf where a row's condition is dropped."""
-    if strength == 1 and keep is None:
+    if strength == 1 and keep is None and unconditional:
         return None
     bias = torch.tensor([math.log(strength)])
     return bias if keep is None else torch.where(keep.cpu(), bias, -torch.inf)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from diffusers import FluxPipeline
+from tiny_pipelines.controlled import random_maps
+from tiny_pipelines.controlled import randomise as randomise
 from torch import Tensor
 
 from loco_diffusion import Controller, LoCOConfig
@@ -26,7 +28,7 @@ def draw(pipe: FluxPipeline, prompt: str | list[str] = "a red cube", **arguments
 
 
 def condition_map(seed: int = 0, batch: int = 1, height: int = SIZE, width: int = SIZE) -> Tensor:
-    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+    return random_maps(seed, batch, height, width)
 
 
 def add_trained(
@@ -35,10 +37,3 @@ def add_trained(
     """A LoCO adapter that looks trained: small random weights everywhere."""
     controller.add_adapter(name, LoCOConfig(r=2, num_rotations=2, **config), encoder=encoder)
     randomise(controller, name, seed)
-
-
-def randomise(controller: Controller, name: str, seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for parameters in controller.trainable_parameters(name).values():
-        for parameter in parameters:
-            parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))

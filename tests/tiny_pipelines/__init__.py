@@ -45,7 +45,7 @@ class Tiny:
         } | arguments
         if "negative_prompt" in arguments and not isinstance(prompt, str):
             arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompt)
-        images: Tensor = pipe(prompt, **arguments).images
+        images: Tensor = pipe(prompt=prompt, **arguments).images
         return images
 
 
