@@ -29,6 +29,7 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 torch.set_num_threads(1)
 
 TEXT_LENGTH = 12
+pytest_plugins = ["tiny_pipelines.fixtures"]
 
 
 def build_flux_pipeline(num_layers: int = 1, guidance_embeds: bool = False) -> FluxPipeline:

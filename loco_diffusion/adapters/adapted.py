@@ -6,7 +6,9 @@ Names, settings, strength, devices, the way of activations through the layer, me
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,23 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from loco_diffusion.errors import UserError
+
+
+class _Called:
+    """A container in which the layer's work can be done: offloading brings a module's tensors when it is called."""
+
+    __call__ = nn.Module.__call__  # torch's containers refuse to be called
+
+    def forward(self, work: Callable[[], Tensor]) -> Tensor:
+        return work()
+
+
+class _Parameters(_Called, nn.ParameterDict):
+    pass
+
+
+class _Buffers(_Called, BufferDict):
+    pass
 
 
 class AdaptedLayer(nn.Module, BaseTunerLayer):
@@ -49,12 +68,14 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         for name in self.adapter_layer_names:
-            setattr(self, name, nn.ParameterDict())
+            setattr(self, name, _Parameters())
         for name in self.buffer_names:
-            setattr(self, name, BufferDict(persistent=True))
+            setattr(self, name, _Buffers(persistent=True))
         for name in self.other_param_names:
             setattr(self, name, {})
         self._disable_adapters = False
+        # Peft switches it off for layerwise casting; activations are never cast here.
+        self.cast_input_dtype_enabled = True
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
         self._merged_scaling: dict[str, float] = {}
@@ -175,9 +196,21 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         if adapter_names is not None:
-            return self._forward_mixed(x, adapter_names, *args, **kwargs)
+            return self._onloaded(partial(self._forward_mixed, x, adapter_names, *args, **kwargs))
         active = [] if self.disable_adapters or self.merged else self._effective(self.active_adapters)
-        return self._leave(self.base_layer(self._enter(x, active), *args, **kwargs), x, active)
+
+        def work() -> Tensor:
+            return self._leave(self.base_layer(self._enter(x, active), *args, **kwargs), x, active)
+
+        return self._onloaded(work)
+
+    def _onloaded(self, work: Callable[[], Tensor]) -> Tensor:
+        """Do work that needs parameters or buffers, which sequential and group offloading keep elsewhere."""
+        for name in self.adapter_layer_names + self.buffer_names:
+            container = getattr(self, name)
+            if "forward" in container.__dict__:  # put there by accelerate and diffusers
+                work = partial(container, work)
+        return work()
 
     def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if self.merged:

@@ -4,7 +4,8 @@ A condition's tokens go through the frozen denoiser once, in a pass of their own
 their keys and values (as the attention itself sees them, after norms and rotary positions). In denoising, each
 appends what it kept to its own keys and values. Because condition tokens never see the picture, that equals one
 pass over all tokens with a mask. The stock attention processors run unchanged: what they ask torch to compute
-is intercepted, so that masks, IP-Adapters and torch.compile work as ever.
+is intercepted, so that masks, IP-Adapters and torch.compile work as ever. Attentions that ask it for something
+else, with another backend or in slices, are refused.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from loco_diffusion.control.rows import spread
+from loco_diffusion.control.rows import Rows
+from loco_diffusion.errors import UserError
 
 _SOFTMAX = torch.nn.functional.scaled_dot_product_attention
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
@@ -52,6 +55,15 @@ class Memory:
         return Memory({number: tuple(t.to(device, dtype) for t in layer) for number, layer in layers})
 
 
+def out_of_memory(nbytes: int) -> UserError:
+    """The error of a condition whose keys and values take so many bytes."""
+    return UserError(
+        f"The memory does not suffice for the condition, whose keys and values take about {nbytes / 2**20:.1f} MB: "
+        'keep them elsewhere, with Controller(pipe, cache=CacheSettings(device="cpu", dtype=torch.bfloat16)), give '
+        "a smaller map, or use an adapter trained with a greater TokensConfig(stride=...)."
+    )
+
+
 @dataclass(frozen=True)
 class Recall:
     """A memory that denoising looks at.
@@ -72,26 +84,29 @@ class SelfAttentions:
     Args:
         modules: in any fixed order, which is that of the numbers in a memory.
         linear: whether they sum up keys and values (Sana) instead of comparing each key with each query.
-        copies: how often a pipeline repeats the batch for classifier-free guidance, see `rows.spread`.
+        rows: of the denoiser's batch.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], linear: bool, copies: Callable[[], int]) -> None:
-        self._modules = modules
+    def __init__(self, modules: Sequence[nn.Module], linear: bool, rows: Rows) -> None:
         self._linear = linear
-        self._copies = copies
+        self._rows = rows
         self._memory: Memory | None = None
         self._tokens = 0
         self._recalls: tuple[Recall, ...] = ()
-        self._originals = [vars(module).get("forward") for module in modules]  # offloading sets one, too
+        self._open: list[_Interception] = []
+        # Hooks and not another forward, because offloading and casting replace that, and put back the one they met.
+        self._hooks: list[Any] = []
         for number, module in enumerate(modules):
-            module.forward = self._switched(number, module.forward)  # type: ignore[method-assign]
+            self._hooks.append(module.register_forward_pre_hook(partial(self._before, number)))
+            self._hooks.append(module.register_forward_hook(self._after, always_call=True))
+
+    def __len__(self) -> int:
+        return len(self._hooks) // 2
 
     def remove(self) -> None:
         """Give the attentions back as they were."""
-        for module, original in zip(self._modules, self._originals, strict=True):
-            del module.forward
-            if original is not None:
-                module.forward = original
+        for hook in self._hooks:
+            hook.remove()
 
     @contextmanager
     def remembering(self, memory: Memory, tokens: int) -> Iterator[None]:
@@ -100,23 +115,33 @@ class SelfAttentions:
         Args:
             memory: that they are written into.
             tokens: how many of a denoiser's last tokens are the condition's; 0: all.
+
+        Raises:
+            UserError: in the block, when an attention runs in a way that cannot be intercepted.
         """
-        before = self._memory, self._tokens, self._recalls
-        self._memory, self._tokens, self._recalls = memory, tokens, ()
-        try:
+        with self._state(memory, tokens, ()):
             yield
-        finally:
-            self._memory, self._tokens, self._recalls = before
 
     @contextmanager
     def recalling(self, recalls: Sequence[Recall]) -> Iterator[None]:
-        """In the block, remembered keys and values are appended."""
+        """In the block, remembered keys and values are appended.
+
+        Raises:
+            UserError: in the block, for what `remembering` raises, or when the memory does not suffice.
+        """
+        with self._state(None, 0, tuple(recalls)):
+            yield
+
+    @contextmanager
+    def _state(self, memory: Memory | None, tokens: int, recalls: tuple[Recall, ...]) -> Iterator[None]:
         before = self._memory, self._tokens, self._recalls
-        self._memory, self._recalls = None, tuple(recalls)
+        self._memory, self._tokens, self._recalls = memory, tokens, recalls
         try:
             yield
         finally:
             self._memory, self._tokens, self._recalls = before
+            while self._open:  # torch calls no hook after a KeyboardInterrupt
+                self._open.pop().__exit__(None, None, None)
 
     @property
     def resume(self) -> Callable[[], Any]:
@@ -126,65 +151,99 @@ class SelfAttentions:
         again = Memory()
         return lambda: self.recalling(recalls) if memory is None else self.remembering(again, tokens)
 
-    def _switched(self, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def switched(*args: Any, **kwargs: Any) -> Any:
-            if self._memory is not None:
-                with _Remembering(self._memory, number, self._tokens, self._linear):
-                    return forward(*args, **kwargs)
-            if self._recalls:
-                layers = [(recall.memory.layers[number], recall.bias) for recall in self._recalls]
-                with _Recalling(layers, self._copies, self._linear):
-                    return forward(*args, **kwargs)
-            return forward(*args, **kwargs)
+    def _before(self, number: int, module: nn.Module, args: Any) -> None:
+        interception: _Interception
+        if self._memory is not None:
+            interception = _Remembering(self._linear, self._memory, number, self._tokens)
+        elif self._recalls:
+            interception = _Recalling(self._linear, self._recalls, number, self._rows)
+        else:
+            return
+        interception.__enter__()
+        self._open.append(interception)
 
-        return switched
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._open:
+            return
+        interception = self._open.pop()
+        interception.__exit__(None, None, None)
+        if output is not None and not interception.met:  # None: it has failed
+            raise UserError(
+                "The denoiser's attention does not run through torch's scaled_dot_product_attention, in which the "
+                "tokens route shows it the condition: call denoiser.reset_attention_backend(), turn off attention "
+                "slicing and caching, or use an adapter of the encoder route."
+            )
 
 
-class _Remembering(TorchFunctionMode):
+class _Interception(TorchFunctionMode):
+    """Meets the first product of one attention; an IP-Adapter has others after it."""
+
+    def __init__(self, linear: bool) -> None:
+        super().__init__()
+        self.linear = linear
+        self.met = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Adapters in an attention multiply, too, but not by head.
+        product = func is torch.matmul and args[0].ndim == 4 if self.linear else func is _SOFTMAX
+        if self.met or not product:
+            return func(*args, **(kwargs or {}))
+        self.met = True
+        if self.linear:  # value x key, the first of its two products, sums over the keys
+            return self._meet_sums(func(*args, **(kwargs or {})))
+        return self._meet_keys(dict(zip(_ARGUMENTS, args, strict=False)) | (kwargs or {}))
+
+    def _meet_sums(self, sums: Tensor) -> Tensor:
+        """What linear attention shall go on with."""
+        raise NotImplementedError
+
+    def _meet_keys(self, call: dict[str, Any]) -> Tensor:
+        """The output of softmax attention for the arguments that torch's function is called with."""
+        raise NotImplementedError
+
+
+class _Remembering(_Interception):
     """Keeps what one attention attends to."""
 
-    def __init__(self, memory: Memory, number: int, tokens: int, linear: bool) -> None:
-        super().__init__()
-        self.memory, self.number, self.tokens, self.linear = memory, number, tokens, linear
+    def __init__(self, linear: bool, memory: Memory, number: int, tokens: int) -> None:
+        super().__init__(linear)
+        self.memory, self.number, self.tokens = memory, number, tokens
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is _SOFTMAX:
-            call = dict(zip(_ARGUMENTS, args, strict=False)) | (kwargs or {})
-            pair = call["key"], call["value"]
-            self.memory.layers[self.number] = tuple(t[:, :, -self.tokens :] for t in pair)
-        elif self.linear and _is_product(func, result) and self.number not in self.memory.layers:
-            self.memory.layers[self.number] = (result,)  # value x key, the first of its two products
-        return result
+    def _meet_sums(self, sums: Tensor) -> Tensor:
+        self.memory.layers[self.number] = (sums,)
+        return sums
+
+    def _meet_keys(self, call: dict[str, Any]) -> Tensor:
+        pair = call["key"], call["value"]
+        self.memory.layers[self.number] = tuple(t[:, :, -self.tokens :] for t in pair)
+        return _SOFTMAX(**call)
 
 
-class _Recalling(TorchFunctionMode):
+class _Recalling(_Interception):
     """Appends what was kept to what one attention attends to."""
 
-    def __init__(
-        self,
-        layers: Sequence[tuple[tuple[Tensor, ...], Tensor | None]],
-        copies: Callable[[], int],
-        linear: bool,
-    ) -> None:
-        super().__init__()
-        self.layers, self.copies, self.linear = layers, copies, linear
+    def __init__(self, linear: bool, recalls: Sequence[Recall], number: int, rows: Rows) -> None:
+        super().__init__(linear)
+        self.recalls, self.number, self.rows = recalls, number, rows
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _SOFTMAX:
-            call = dict(zip(_ARGUMENTS, args, strict=False)) | (kwargs or {})
-            return func(**self._appended(call))
-        result = func(*args, **(kwargs or {}))
-        if self.linear and _is_product(func, result):
-            self.linear = False  # only the first product, value x key, sums over the keys
-            for (sums,), bias in self.layers:
-                factor = 1.0 if bias is None else self._like(bias.exp().view(-1, 1, 1, 1), result)
-                result = result + factor * self._like(sums, result)
-        return result
+    def _meet_sums(self, sums: Tensor) -> Tensor:
+        total = sums
+        for recall in self.recalls:
+            (kept,) = recall.memory.layers[self.number]
+            factor = 1.0 if recall.bias is None else self._bias(recall.bias, sums).exp()
+            total = total + factor * self._like(kept, sums)
+        return total
+
+    def _meet_keys(self, call: dict[str, Any]) -> Tensor:
+        try:
+            return _SOFTMAX(**self._appended(call))
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(sum(recall.memory.nbytes for recall in self.recalls)) from error
 
     def _appended(self, call: dict[str, Any]) -> dict[str, Any]:
         key, value = call["key"], call["value"]
-        kept = [[self._like(t, key).expand(len(key), -1, -1, -1) for t in pair] for pair, _ in self.layers]
+        pairs = [recall.memory.layers[self.number] for recall in self.recalls]
+        kept = [[self._like(t, key).expand(len(key), -1, -1, -1) for t in pair] for pair in pairs]
         call["attn_mask"] = self._mask(call, [len_of(pair[0]) for pair in kept])
         call["key"] = torch.cat([key, *(pair[0] for pair in kept)], dim=2)
         call["value"] = torch.cat([value, *(pair[1] for pair in kept)], dim=2)
@@ -192,7 +251,7 @@ class _Recalling(TorchFunctionMode):
 
     def _mask(self, call: dict[str, Any], lengths: list[int]) -> Tensor | None:
         mask, key = call.get("attn_mask"), call["key"]
-        biases = [bias for _, bias in self.layers]
+        biases = [recall.bias for recall in self.recalls]
         if mask is None and all(bias is None for bias in biases):
             return None
         if mask is None:
@@ -201,18 +260,16 @@ class _Recalling(TorchFunctionMode):
             mask = torch.zeros_like(mask, dtype=key.dtype).masked_fill(~mask, -torch.inf)
         parts = [mask]
         for bias, length in zip(biases, lengths, strict=True):
-            logits = key.new_zeros(1, 1, 1, 1) if bias is None else self._like(bias.view(-1, 1, 1, 1), key)
+            logits = key.new_zeros(1, 1, 1, 1) if bias is None else self._bias(bias, key)
             parts.append(logits.expand(-1, -1, -1, length))
         shape = [max(part.shape[axis] for part in parts) for axis in range(3)]
         return torch.cat([part.to(key.dtype).expand(*shape, -1) for part in parts], dim=-1)
 
+    def _bias(self, bias: Tensor, like: Tensor) -> Tensor:
+        return self.rows.spread_or_drop(bias.to(like).view(-1, 1, 1, 1), len(like), nothing=-torch.inf)
+
     def _like(self, kept: Tensor, like: Tensor) -> Tensor:
-        return spread(kept.to(like), len(like), self.copies)
-
-
-def _is_product(func: Any, result: Any) -> bool:
-    """Whether this is one of the two products of a linear attention, and not one of an adapter's."""
-    return func is torch.matmul and result.ndim == 4
+        return self.rows.spread(kept.to(like), len(like))
 
 
 def len_of(keys: Tensor) -> int:

@@ -17,6 +17,7 @@ from loco_diffusion.control.attention import Recall, SelfAttentions
 from loco_diffusion.control.family import Family, Pipeline
 from loco_diffusion.control.features import Features, FeatureSum
 from loco_diffusion.control.joint import JointCondition
+from loco_diffusion.control.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Conditioning:
         denoiser: its denoiser.
         attentions: the self-attentions of it, where an adapter is of the tokens route.
         conditions: by name, in the order in which adapters apply.
+        rows: of the denoiser's batch.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Conditioning:
         denoiser: nn.Module,
         attentions: SelfAttentions | None,
         conditions: Mapping[str, Condition],
+        rows: Rows,
     ) -> None:
         self.features: FeatureSum | None = None
         self._family = family
@@ -67,6 +70,7 @@ class Conditioning:
         self._denoiser = denoiser
         self._attentions = attentions
         self._conditions = conditions
+        self._rows = rows
         self._switched = ExitStack()
         self._acting: set[str] | None = None  # not even begun
 
@@ -78,11 +82,13 @@ class Conditioning:
             self._on(0.0)
             if self._attentions is not None:
                 stack.enter_context(recomputing(self._denoiser, self._attentions))
-            if any(condition.window != ALWAYS for condition in self._conditions.values()):
+            windows = any(condition.window != ALWAYS for condition in self._conditions.values())
+            if windows or not self._rows.unconditional:
                 stack.enter_context(after_each_step(self._pipe.scheduler, self._on))
             yield
 
     def _on(self, share: float) -> None:
+        self._rows.later = False
         acting = {name: c for name, c in self._conditions.items() if c.acts(share)}
         if acting.keys() == self._acting:
             return
@@ -90,7 +96,7 @@ class Conditioning:
         self._acting = set(acting)
         features = {name: c.features for name, c in acting.items() if c.features is not None}
         if features:
-            self.features = FeatureSum(features, self._family.token_pixels(self._pipe), self._copies)
+            self.features = FeatureSum(features, self._family.token_pixels(self._pipe), self._rows)
         strengths = {name: c.turning for name, c in acting.items() if c.turning is not None}
         recalls = [c.recall for c in acting.values() if c.recall is not None]
         if self._attentions is not None:
@@ -104,7 +110,7 @@ class Conditioning:
     def _with_joint(self, conditions: list[JointCondition]) -> Iterator[None]:
         before = vars(self._denoiser).get("forward")  # offloading sets one, too
         self._denoiser.forward = self._family.joint_forward(  # type: ignore[method-assign]
-            self._denoiser, conditions, self._copies
+            self._denoiser, conditions, self._rows
         )
         try:
             yield
@@ -113,8 +119,10 @@ class Conditioning:
             if before is not None:
                 self._denoiser.forward = before
 
-    def _copies(self) -> int:
-        return self._family.guidance_copies(self._pipe)
+    def called(self) -> None:
+        """To be called after the denoiser: what it is asked next in the same step is the unconditional half."""
+        if not self._rows.unconditional:  # written only then, so that compiled models are not compiled again
+            self._rows.later = True
 
     def _off(self) -> None:
         self._switched.close()
@@ -167,22 +175,37 @@ def recomputing(denoiser: nn.Module, attentions: SelfAttentions) -> Iterator[Non
 
 @contextmanager
 def after_each_step(scheduler: Any, act: Callable[[float], None]) -> Iterator[None]:
-    """In the block, call `act` with the share of the steps that are done, after each step of a scheduler."""
-    step = scheduler.step
-    done = 0
+    """In the block, call `act` with the share of the steps that are done: after each step of a scheduler, and
+    when it begins anew."""
+    step, set_timesteps = scheduler.step, scheduler.set_timesteps
+    done, steps = 0, 0
 
-    @wraps(step)  # pipelines read its signature: whether it takes a generator
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal done
-        result = step(*args, **kwargs)
-        # Image-to-image starts at a later step than the first.
-        steps = len(scheduler.timesteps) - (getattr(scheduler, "begin_index", None) or 0)
-        done = done + 1 if done + 1 < steps else 0  # another picture may follow
+    @wraps(step)  # pipelines look which arguments it has
+    def counted(output: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal done, steps
+        if done == 0:
+            steps = len(scheduler.timesteps) - _first_step(scheduler, timestep)
+        result = step(output, timestep, *args, **kwargs)
+        done = (done + 1) % steps  # another picture may follow
         act(done / steps)
         return result
 
-    scheduler.step = counted
+    @wraps(set_timesteps)
+    def anew(*args: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        done = 0  # the last picture may have been left unfinished
+        act(0.0)
+        return set_timesteps(*args, **kwargs)
+
+    scheduler.step, scheduler.set_timesteps = counted, anew
     try:
         yield
     finally:
-        del scheduler.step
+        del scheduler.step, scheduler.set_timesteps
+
+
+def _first_step(scheduler: Any, timestep: Any) -> int:
+    """The number of a picture's first step; image-to-image begins later than at 0."""
+    if hasattr(scheduler, "begin_index"):
+        return scheduler.begin_index or 0
+    return int((scheduler.timesteps == timestep).nonzero()[0])  # waits for the device, once a picture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from loco_diffusion.control.family import Pipeline, family_of
 from loco_diffusion.control.map_tokens import MapTokens
 from loco_diffusion.control.maps import ConditionMap
 from loco_diffusion.control.preparation import DEFAULT_CACHE, CacheSettings, Preparation
+from loco_diffusion.control.rows import Rows
 from loco_diffusion.errors import UserError
 
 
@@ -59,9 +60,11 @@ class Controller:
         self.family = family_of(pipe)
         self._pipe = pipe
         self._denoiser = self.family.denoiser(pipe)
+        self._rows = Rows(lambda: self.family.guidance_copies(pipe))
         self._preparation = Preparation(self.family, pipe, self._denoiser, cache)
         self._adapters: dict[str, Adapter] = {}
         self._hooks: list[Any] = []
+        self._layers: list[Any] = []
         self._inside = False
         self._conditioning: Conditioning | None = None
         self._attentions: SelfAttentions | None = None
@@ -174,6 +177,7 @@ class Controller:
         layers.remove(self._denoiser, adapter_name)
         del self._adapters[adapter_name]
         self._preparation.forget(adapter_name)
+        self._find_layers()
         if not self._adapters:
             self._remove_hooks()
 
@@ -215,6 +219,7 @@ class Controller:
         if strength == 0:
             raise UserError(f"The adapter {adapter_name!r} cannot be fused at strength 0; leave it unfused.")
         self._check_outside()
+        layers.check_projections(self._denoiser)
         wanted = {**self._fused(), adapter_name: strength}
         self.unfuse()
         try:
@@ -236,6 +241,7 @@ class Controller:
         """
         self._check_outside()
         if self._fused():
+            layers.check_projections(self._denoiser)
             layers.unmerge(self._denoiser, self._adapters)
             for adapter in self._adapters.values():
                 adapter.fused = None
@@ -261,6 +267,7 @@ class Controller:
         strength: float | Mapping[str, float] = 1.0,
         start: float | Mapping[str, float] = 0.0,
         end: float | Mapping[str, float] = 1.0,
+        unconditional: bool = True,
         keep: Tensor | None = None,
         **named_maps: ConditionMap | MapTokens,
     ) -> AbstractContextManager[None]:
@@ -277,13 +284,16 @@ class Controller:
                 on the tokens route one on the attention to the condition. 0 is no control.
             start: the share of the denoising steps after which a condition begins to act; as strength.
             end: the share of the steps after which it no longer acts.
+            unconditional: whether the unconditional half of classifier-free guidance sees the conditions, too;
+                without, guidance also strengthens the control. Adapters of the encoder route turn both halves.
             keep: (B,) bool for training, False where a row's condition is dropped.
             named_maps: as `control`; both may be given.
 
         Raises:
             UserError: a name is unknown or given twice, a map, strength, start or end is not usable, only some
-                adapters are fused, or the pipeline's adapters are disabled. In the block, when the denoiser
-                runs: a map is for another size, or there are more maps than pictures.
+                adapters are fused, or the pipeline's adapters are disabled or left out. When the denoiser runs,
+                for conditions of the tokens route also at the block's beginning: a map is for another size,
+                there are more maps than pictures, attention cannot show the condition, or the memory is full.
         """
         given = dict(control or {})
         for name in given.keys() & named_maps.keys():
@@ -303,7 +313,7 @@ class Controller:
             sizes = " and ".join(str(batch) for batch in sorted(batches))
             raise UserError(f"The condition maps come in batches of {sizes}; give the same number of each.")
         maps = {name: m for name, m in maps.items() if strengths[name] != 0}
-        return self._controlled(maps, strengths, windows, keep)
+        return self._controlled(maps, strengths, windows, keep, unconditional)
 
     @contextmanager
     def _controlled(
@@ -312,26 +322,19 @@ class Controller:
         strengths: dict[str, float],
         windows: dict[str, Window],
         keep: Tensor | None,
+        unconditional: bool,
     ) -> Iterator[None]:
         self._check_outside()
-        fused = self._fused()
-        for name in maps.keys() - fused if fused else ():
-            raise UserError(
-                f"The adapter {name!r} is not fused, but {next(iter(fused))!r} is; fuse both or call unfuse()."
-            )
-        if (
-            not fused
-            and maps
-            and any(layer.disable_adapters for _, layer in layers.layers_of(self._denoiser))
-        ):
-            raise UserError("The pipeline's adapters are disabled; call pipe.enable_lora() first.")
+        self._check_effective(maps)
+        layers.switch_off(self._layers, self._adapters)
         self._inside = True
+        self._rows.unconditional, self._rows.later = unconditional, False
         try:
             conditions = {
                 name: self._condition(name, maps[name], strengths[name], windows[name], keep) for name in maps
             }
             self._conditioning = Conditioning(
-                self.family, self._pipe, self._denoiser, self._attentions, conditions
+                self.family, self._pipe, self._denoiser, self._attentions, conditions, self._rows
             )
             with self.family.watched(self._pipe), self._conditioning.applied():
                 yield
@@ -345,9 +348,11 @@ class Controller:
         adapter, prepare = self._adapters[name], self._preparation
         if adapter.info.tokens is not None:
             assert self._attentions is not None
+            unconditional = self._rows.unconditional
             if adapter.info.tokens.joint:
-                return Condition(joint=prepare.joint(name, adapter, given, strength, keep), window=window)
-            recall = prepare.recall(name, adapter, self._attentions, given, strength, keep)
+                joint = prepare.joint(name, adapter, given, strength, keep, unconditional)
+                return Condition(joint=joint, window=window)
+            recall = prepare.recall(name, adapter, self._attentions, given, strength, keep, unconditional)
             return Condition(recall=recall, window=window)
         assert adapter.encoder is not None
         # Here and not in the denoiser's call: with offloading, calling the VAE sends the denoiser away.
@@ -372,8 +377,13 @@ class Controller:
             input_layer = input_layer.get_base_layer()
         self._hooks = [
             self._denoiser.register_forward_pre_hook(self._before_denoiser, with_kwargs=True),
+            self._denoiser.register_forward_hook(self._after_denoiser),
             input_layer.register_forward_hook(self._after_input_layer),
         ]
+
+    def _find_layers(self) -> None:
+        found = (layer for name in self._adapters for _, layer in layers.layers_of(self._denoiser, name))
+        self._layers = list(dict.fromkeys(found))
 
     def _remove_hooks(self) -> None:
         for hook in self._hooks:
@@ -384,12 +394,18 @@ class Controller:
             self._attentions = None
 
     def _before_denoiser(self, module: nn.Module, args: tuple[Any, ...], arguments: dict[str, Any]) -> None:
+        if not self._inside and not torch.compiler.is_compiling():
+            layers.switch_off(self._layers, self._adapters)
         features = self._conditioning.features if self._conditioning else None
         # Reading the grid waits for the device, so only where it is read once; a compiled graph cannot.
         if features is not None and features.drawn_grid is None and not torch.compiler.is_compiling():
             # Some pipelines give the latents by position, which is the first one in every transformer.
             named = {"hidden_states": args[0], **arguments} if args else arguments
             features.drawn_grid = self.family.grid(named)
+
+    def _after_denoiser(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._conditioning is not None:
+            self._conditioning.called()
 
     def _after_input_layer(self, module: nn.Module, args: tuple[Any, ...], hidden: Tensor) -> Tensor | None:
         if self._conditioning is None or self._conditioning.features is None:
@@ -408,7 +424,7 @@ class Controller:
     ) -> None:
         self._check_idle()
         if info.tokens and info.tokens.joint:
-            self.family.joint_forward(self._denoiser, [], self._copies)  # refuses where there is none
+            self.family.joint_forward(self._denoiser, [], self._rows)  # refuses where there is none
         encoder = self._new_encoder(info.encoder) if info.encoder else None
         if encoder and encoder_weights is not None:
             encoder.load_state_dict(encoder_weights)
@@ -424,17 +440,15 @@ class Controller:
             self._install_hooks()
         if info.tokens and self._attentions is None:
             modules = self.family.self_attentions(self._denoiser)
-            self._attentions = SelfAttentions(modules, self.family.linear_attention, self._copies)
+            self._attentions = SelfAttentions(modules, self.family.linear_attention, self._rows)
         self._adapters[name] = Adapter(info, encoder, layers.has_strength(self._denoiser, name))
+        self._find_layers()
 
     def _new_encoder(self, config: EncoderConfig) -> ConditionEncoder:
         width = self.family.hidden_size(self._denoiser)
         return ConditionEncoder(
             self._preparation.token_width(config.input), width, config, self.family.spatial
         )
-
-    def _copies(self) -> int:
-        return self.family.guidance_copies(self._pipe)
 
     def _base(self) -> BaseDescription:
         return BaseDescription(
@@ -450,6 +464,18 @@ class Controller:
 
     def _fused(self) -> dict[str, float]:
         return {n: adapter.fused for n, adapter in self._adapters.items() if adapter.fused is not None}
+
+    def _check_effective(self, names: Iterable[str]) -> None:
+        """Raise UserError if these adapters would not act on the pipeline as they should."""
+        fused = self._fused()
+        for name in names:
+            if fused and name not in fused:
+                raise UserError(
+                    f"The adapter {name!r} is not fused, but {next(iter(fused))!r} is; fuse both or call unfuse()."
+                )
+            if self.family.denoiser(self._pipe) is not self._denoiser:
+                raise UserError("The pipeline has another denoiser now; make a new Controller for it.")
+            layers.check_effective(self._denoiser, name, fused=bool(fused))
 
     def _check_outside(self) -> None:
         if self._inside:

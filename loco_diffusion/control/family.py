@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from loco_diffusion.control.joint import JointCondition
+from loco_diffusion.control.rows import Rows
 from loco_diffusion.control.sampling import Sampling
 from loco_diffusion.errors import UserError
 
@@ -133,14 +134,14 @@ class Family(Protocol):
         """
 
     def joint_forward(
-        self, denoiser: nn.Module, conditions: Sequence[JointCondition], copies: Callable[[], int]
+        self, denoiser: nn.Module, conditions: Sequence[JointCondition], rows: Rows
     ) -> Callable[..., Any]:
         """A forward in place of the denoiser's own, in which conditions see the picture.
 
         Args:
             denoiser: the model.
             conditions: at least one.
-            copies: see `rows.spread`.
+            rows: of the denoiser's batch.
 
         Raises:
             UserError: the family has none.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from loco_diffusion.control.rows import spread
+from loco_diffusion.control.rows import Rows
 from loco_diffusion.errors import UserError
 
 
@@ -31,13 +30,13 @@ class FeatureSum:
     Attributes:
         conditions: by name, at least one.
         token_pixels: side of a token in pixels, for messages.
-        copies: see `rows.spread`.
+        rows: of the denoiser's batch.
         drawn_grid: rows and columns of tokens of the picture being drawn, where they are known.
     """
 
     conditions: dict[str, Features]
     token_pixels: int
-    copies: Callable[[], int]
+    rows: Rows
     drawn_grid: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -51,7 +50,7 @@ class FeatureSum:
             UserError: the maps are for another number or grid of tokens, or their number does not fit.
         """
         self._check(hidden)
-        return hidden + spread(self._sum.to(hidden), len(hidden), self.copies)
+        return hidden + self.rows.spread_or_drop(self._sum.to(hidden), len(hidden), nothing=0.0)
 
     def _check(self, hidden: Tensor) -> None:
         for name, features in self.conditions.items():

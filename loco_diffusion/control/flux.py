@@ -14,6 +14,7 @@ from loco_diffusion.control.flux_joint import JointFlux
 from loco_diffusion.control.flux_positions import image_ids
 from loco_diffusion.control.joint import JointCondition
 from loco_diffusion.control.latents import LatentFamily
+from loco_diffusion.control.rows import Rows
 from loco_diffusion.control.sampling import Sampling
 
 
@@ -90,9 +91,9 @@ class FluxFamily(LatentFamily):
         return {"true_cfg_scale": guidance, "negative_prompt": [""] * batch}
 
     def joint_forward(
-        self, denoiser: nn.Module, conditions: Sequence[JointCondition], copies: Callable[[], int]
+        self, denoiser: nn.Module, conditions: Sequence[JointCondition], rows: Rows
     ) -> Callable[..., Any]:
-        return JointFlux(denoiser, conditions, copies).forward
+        return JointFlux(denoiser, conditions, rows).forward
 
     def predict(
         self,

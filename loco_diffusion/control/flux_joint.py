@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from loco_diffusion.control import layers
 from loco_diffusion.control.flux_positions import image_ids
 from loco_diffusion.control.joint import JointCondition
-from loco_diffusion.control.rows import spread
+from loco_diffusion.control.rows import Rows
 from loco_diffusion.errors import UserError
 
 Rotary = tuple[Tensor, Tensor]
@@ -47,15 +47,13 @@ class JointFlux:
     Args:
         denoiser: the model.
         conditions: at least one.
-        copies: see `rows.spread`.
+        rows: of its batch.
     """
 
-    def __init__(
-        self, denoiser: Any, conditions: Sequence[JointCondition], copies: Callable[[], int]
-    ) -> None:
+    def __init__(self, denoiser: Any, conditions: Sequence[JointCondition], rows: Rows) -> None:
         self.denoiser = denoiser
         self.conditions = conditions
-        self.copies = copies
+        self.rows = rows
 
     def forward(
         self,
@@ -134,7 +132,7 @@ class JointFlux:
         pooled: Tensor,
     ) -> _Part:
         model = self.denoiser
-        tokens = spread(condition.tokens.to(hidden), len(hidden), self.copies).expand(len(hidden), -1, -1)
+        tokens = self.rows.spread(condition.tokens.to(hidden), len(hidden)).expand(len(hidden), -1, -1)
         with layers.activated(model, {condition.adapter: 1.0}):
             embedded = model.x_embedder(tokens)
         plain = None if guidance is None else torch.ones_like(guidance)
@@ -147,13 +145,15 @@ class JointFlux:
         if len(self.conditions) == 1 and self.conditions[0].bias is None:
             return None
         hidden, lengths = parts[0].hidden, [part.hidden.shape[1] for part in parts]
-        rows = max(1 if c.bias is None or len(c.bias) == 1 else len(hidden) for c in self.conditions)
+        rows = max(1 if c.bias is None else len(hidden) for c in self.conditions)
         mask = hidden.new_zeros(rows, 1, sum(lengths), sum(lengths))
         first = lengths[0] + lengths[1]
         for number, condition in enumerate(self.conditions):
             own = slice(first, first := first + lengths[2 + number])
             if condition.bias is not None:
-                bias = spread(condition.bias.to(hidden), len(hidden), self.copies).view(-1, 1, 1, 1)
+                bias = self.rows.spread_or_drop(condition.bias.to(hidden), len(hidden), -torch.inf).view(
+                    -1, 1, 1, 1
+                )
                 mask[:, :, : lengths[0] + lengths[1], own] = bias
             others = torch.ones(sum(lengths), dtype=torch.bool, device=hidden.device)
             others[: lengths[0] + lengths[1]] = False

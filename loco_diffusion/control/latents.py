@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from loco_diffusion.control.family import Pipeline, unwrapped
 from loco_diffusion.control.joint import JointCondition
+from loco_diffusion.control.rows import Rows
 from loco_diffusion.control.sampling import Sampling
 from loco_diffusion.errors import UserError
 
@@ -114,7 +115,7 @@ class LatentFamily:
         return {"guidance_scale": guidance, "negative_prompt": [""] * batch}
 
     def joint_forward(
-        self, denoiser: nn.Module, conditions: Sequence[JointCondition], copies: Callable[[], int]
+        self, denoiser: nn.Module, conditions: Sequence[JointCondition], rows: Rows
     ) -> Callable[..., Any]:
         raise UserError(
             f"{type(denoiser).__name__} has no joint conditions, only FLUX.1 has; use TokensConfig(joint=False)."

@@ -55,9 +55,15 @@ def inject(denoiser: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         adapter_name: a new name.
 
     Raises:
-        UserError: the config would train or change the base, or peft or the method refuses it.
+        UserError: the config would train or change the base, peft or the method refuses it, or the denoiser is
+            offloaded layer by layer.
     """
     check_config(config)
+    if any(parameter.is_meta for parameter in denoiser.parameters()):
+        raise UserError(
+            "The denoiser is offloaded layer by layer, where no adapter can be put in; call pipe.remove_all_hooks(), "
+            "load the adapter, and call pipe.enable_sequential_cpu_offload() again."
+        )
     config = copy.deepcopy(config)
     config.inference_mode = False
     existing = [(layer, layer._active_adapter) for _, layer in layers_of(denoiser)]
@@ -83,6 +89,14 @@ def inject(denoiser: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         layer._active_adapter = []
         layer.train(denoiser.training)  # new modules start in training mode, with dropout
     _restore(existing)
+    _offload_again(denoiser)
+
+
+def _offload_again(denoiser: nn.Module) -> None:
+    """Let group offloading know of layers that have come or gone, as diffusers' own adapter functions do."""
+    from diffusers.hooks import group_offloading
+
+    group_offloading._maybe_remove_and_reapply_group_offloading(denoiser)
 
 
 def check_name(denoiser: nn.Module, adapter_name: str) -> None:
@@ -137,6 +151,7 @@ def remove(denoiser: nn.Module, adapter_name: str) -> None:
         if hasattr(denoiser, "peft_config"):
             del denoiser.peft_config
         denoiser._hf_peft_config_loaded = False  # type: ignore[assignment]
+    _offload_again(denoiser)
 
 
 def _replace(denoiser: nn.Module, path: str, module: nn.Module) -> None:
@@ -225,6 +240,53 @@ def activated(denoiser: nn.Module, strengths: Mapping[str, float]) -> Iterator[N
             layer._active_adapter = active
             if scaling:
                 layer.scaling.update(scaling)
+
+
+def switch_off(found: Iterable[Any], adapter_names: Container[str]) -> None:
+    """Switch adapters off that others have switched on: peft does, for example, when the active one is deleted."""
+    for layer in found:
+        if any(name in adapter_names for name in layer.active_adapters):
+            layer._active_adapter = [name for name in layer.active_adapters if name not in adapter_names]
+
+
+def check_effective(denoiser: nn.Module, adapter_name: str, fused: bool) -> None:
+    """Raise UserError if an adapter of a controller would not act, or not in all its layers; `fused` says whether
+    the controller has it in the base weights."""
+    found = [layer for _, layer in layers_of(denoiser, adapter_name)]
+    if not found:
+        raise UserError(
+            f"The adapter {adapter_name!r} has been taken out of the denoiser, as pipe.unload_lora_weights() does; "
+            "load it into a new Controller, and take other adapters out with pipe.delete_adapters()."
+        )
+    if fused:
+        if not all(adapter_name in layer.merged_adapters for layer in found):
+            raise UserError(
+                f"The adapter {adapter_name!r} has been taken out of the base weights, as pipe.unfuse_lora() does; "
+                "call controller.unfuse(), and fuse it again."
+            )
+        return
+    if any(layer.disable_adapters for layer in found):
+        raise UserError("The pipeline's adapters are disabled; call pipe.enable_lora() first.")
+    check_projections(denoiser)
+
+
+def check_projections(denoiser: nn.Module) -> None:
+    """Raise UserError if layers that adapters turn are replaced by their fusion."""
+    if any(_is_fused(module) for module in denoiser.modules()):
+        raise UserError(
+            "The denoiser's query, key and value projections are fused, which leaves out their adapters; call "
+            "denoiser.unfuse_qkv_projections() first."
+        )
+
+
+def _is_fused(attention: nn.Module) -> bool:
+    from diffusers.models.attention import AttentionModuleMixin
+
+    if not getattr(attention, "fused_projections", False):
+        return False
+    # Older attentions keep the mark when the fusion is undone; their processor tells.
+    processor = type(getattr(attention, "processor", None)).__name__
+    return isinstance(attention, AttentionModuleMixin) or processor.startswith("Fused")
 
 
 State = list[tuple[Any, Any, dict[str, float]]]

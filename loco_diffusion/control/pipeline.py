@@ -20,6 +20,7 @@ _OWN = (
     inspect.Parameter("control_strength", _KEYWORD, default=1.0),
     inspect.Parameter("control_start", _KEYWORD, default=0.0),
     inspect.Parameter("control_end", _KEYWORD, default=1.0),
+    inspect.Parameter("control_unconditional", _KEYWORD, default=True),
 )
 
 
@@ -27,7 +28,7 @@ class ControlledPipeline:
     """To be named before a stock pipeline class as a base: the same components and no others.
 
     No ``__init__``: the stock one, whose annotations ``from_pipe`` reads, is the right one. The call has the
-    stock call's signature and four arguments more; it hands everything else on unchanged.
+    stock call's signature and five arguments more; it hands everything else on unchanged.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -96,6 +97,7 @@ class ControlledPipeline:
         control_strength: float | Mapping[str, float] = 1.0,
         control_start: float | Mapping[str, float] = 0.0,
         control_end: float | Mapping[str, float] = 1.0,
+        control_unconditional: bool = True,
         **arguments: Any,
     ) -> Any:
         """Generate under condition maps; every argument not named here is the stock pipeline's.
@@ -108,6 +110,7 @@ class ControlledPipeline:
             control_strength: one for all maps or by name; 0 is no control, 1 is as trained.
             control_start: the share of the steps after which a condition begins to act; one for all, or by name.
             control_end: the share of the steps after which it no longer acts; likewise.
+            control_unconditional: whether the unconditional half of classifier-free guidance is controlled, too.
             height: in pixels; default: the first map's, rounded down to a whole token, else the stock default.
             width: as height.
             max_sequence_length: tokens of the prompt; default: the tokenizer's limit or the stock default, the
@@ -134,7 +137,13 @@ class ControlledPipeline:
             if "use_resolution_binning" in signature.parameters:
                 call.setdefault("use_resolution_binning", False)
             self._fit(maps, call, family.token_pixels(self))
-        with self.controller(maps, strength=control_strength, start=control_start, end=control_end):
+        with self.controller(
+            maps,
+            strength=control_strength,
+            start=control_start,
+            end=control_end,
+            unconditional=control_unconditional,
+        ):
             return stock(*bound.args, **bound.kwargs)
 
     def _fit(self, maps: dict[str, Tensor], call: dict[str, Any], token: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from loco_diffusion.adapters.optimizer_steps import optimizer_steps
 from loco_diffusion.control import layers
 from loco_diffusion.control.adapter import Adapter
-from loco_diffusion.control.attention import Memory, Recall, SelfAttentions
+from loco_diffusion.control.attention import Memory, Recall, SelfAttentions, out_of_memory
 from loco_diffusion.control.conditioning import recomputing
 from loco_diffusion.control.encoder import ConditionEncoder, EncoderInput
 from loco_diffusion.control.family import Family, Pipeline
@@ -145,8 +145,16 @@ class Preparation:
         given: Tensor | MapTokens,
         strength: float,
         keep: Tensor | None,
+        unconditional: bool,
     ) -> Recall:
-        """A condition of the tokens route; arguments as for `features`."""
+        """A condition of the tokens route; arguments as for `features`.
+
+        Args:
+            unconditional: whether the unconditional half of guidance sees the condition.
+
+        Raises:
+            UserError: the memory does not suffice for the condition, or an attention cannot show it.
+        """
         tokens, stride = self._condition_tokens(name, adapter, given)
         kept = self._memories.pop(name, None)
         if (
@@ -155,18 +163,23 @@ class Preparation:
             or kept.stamp != self._stamp(tokens, stride)
         ):
             memory = self._condition_pass(name, attentions, tokens, stride)
-            memory = memory.to(self._settings.device, self._settings.dtype)
             kept = _Kept(memory, tokens.tokens, self._stamp(tokens, stride) if memory.reusable else None)
         if kept.stamp is not None:
             self._memories[name] = kept
-        return Recall(kept.memory, _bias(strength, keep))
+        return Recall(kept.memory, _bias(strength, keep, unconditional))
 
     def joint(
-        self, name: str, adapter: Adapter, given: Tensor | MapTokens, strength: float, keep: Tensor | None
+        self,
+        name: str,
+        adapter: Adapter,
+        given: Tensor | MapTokens,
+        strength: float,
+        keep: Tensor | None,
+        unconditional: bool,
     ) -> JointCondition:
-        """A condition of the tokens route that sees the picture; arguments as for `features`."""
+        """A condition of the tokens route that sees the picture; arguments as for `recall`."""
         tokens, stride = self._condition_tokens(name, adapter, given)
-        return JointCondition(name, tokens.tokens, tokens.grid, stride, _bias(strength, keep))
+        return JointCondition(name, tokens.tokens, tokens.grid, stride, _bias(strength, keep, unconditional))
 
     def _condition_tokens(
         self, name: str, adapter: Adapter, given: Tensor | MapTokens
@@ -192,7 +205,7 @@ class Preparation:
     def _condition_pass(
         self, name: str, attentions: SelfAttentions, tokens: MapTokens, stride: int
     ) -> Memory:
-        """The stock forward of the condition alone, at time 0, with the adapter on."""
+        """What the stock forward of the condition alone, at time 0, with the adapter on, leaves behind."""
         device = self._pipe._execution_device
         latents = self._family.unpack(tokens.tokens, *tokens.grid).to(device)
         if not self._text:
@@ -207,24 +220,42 @@ class Preparation:
             recomputing(self._denoiser, attentions),
         ):
             time = torch.zeros(len(latents), device=device)
-            self._family.predict(self._denoiser, latents, time, text, stride=stride)
+            try:
+                self._family.predict(self._denoiser, latents, time, text, stride=stride)
+                memory = memory.to(self._settings.device, self._settings.dtype)
+            except torch.OutOfMemoryError as error:
+                raise out_of_memory(self._expected_nbytes(tokens, len(attentions))) from error
+        if len(memory.layers) < len(attentions):
+            raise UserError(
+                f"Only {len(memory.layers)} of {len(attentions)} self-attentions have seen the condition {name!r}, "
+                "because others are skipped: turn off the denoiser's caching with denoiser.disable_cache()."
+            )
         return memory
 
+    def _expected_nbytes(self, tokens: MapTokens, attentions: int) -> int:
+        """Keys and values of a condition, as if all attentions were as wide as the input layer's output."""
+        denoiser: Any = self._denoiser
+        width = self._family.hidden_size(denoiser)
+        size = (self._settings.dtype or denoiser.dtype).itemsize
+        return 2 * attentions * len(tokens) * math.prod(tokens.grid) * width * size
+
     def _stamp(self, tokens: MapTokens, stride: int) -> tuple[Any, ...]:
-        """Changes when a weight of the denoiser changes, or what is switched on in it, or the condition's grid."""
-        weights = [t for t in self._denoiser.parameters() if not t.is_inference()]
+        """Changes when a weight of the denoiser changes, or what is switched on or merged in it, or the grid.
+
+        Addresses are left out: offloading and casting change them.
+        """
+        weights = [(t._version, t.dtype) for t in self._denoiser.parameters() if not t.is_inference()]
         switches = [
-            (*layer.active_adapters, *getattr(layer, "scaling", {}).items())
+            (*layer.active_adapters, *layer.merged_adapters, *getattr(layer, "scaling", {}).items())
             for layer in self._denoiser.modules()
             if isinstance(layer, BaseTunerLayer)
         ]
-        versions = ((t._version, t.data_ptr(), t.dtype) for t in weights)
-        return tokens.grid, stride, optimizer_steps(), tuple(versions), tuple(switches)
+        return tokens.grid, stride, optimizer_steps(), weights, switches
 
 
-def _bias(strength: float, keep: Tensor | None) -> Tensor | None:
+def _bias(strength: float, keep: Tensor | None, unconditional: bool) -> Tensor | None:
     """The bias of a condition's keys: log(strength), -inf where a row's condition is dropped."""
-    if strength == 1 and keep is None:
+    if strength == 1 and keep is None and unconditional:
         return None
     bias = torch.tensor([math.log(strength)])
     return bias if keep is None else torch.where(keep.cpu(), bias, -torch.inf)

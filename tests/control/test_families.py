@@ -2,57 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from control_helpers import condition_map, randomise
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny_pipelines import TINY, Tiny
+from tiny_pipelines.controlled import add, maps
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from loco_diffusion import Controller, LoCOConfig
-from loco_diffusion.control import EncoderConfig, TokensConfig, family_of
+from loco_diffusion import Controller
+from loco_diffusion.control import family_of
 from loco_diffusion.control.adapter import Route
 from loco_diffusion.errors import UserError
-
-ROUTES: tuple[Route, ...] = ("encoder", "tokens")
-_built: dict[str, Any] = {}
-
-
-@pytest.fixture(params=TINY.values(), ids=TINY)
-def tiny(request: pytest.FixtureRequest) -> Tiny:
-    return request.param
-
-
-@pytest.fixture
-def pipe(tiny: Tiny) -> Any:
-    """A pipeline that the test may change."""
-    if tiny.name not in _built:
-        _built[tiny.name] = tiny.build()
-        _built[tiny.name].set_progress_bar_config(disable=True)
-    return copy.deepcopy(_built[tiny.name])
-
-
-@pytest.fixture(params=ROUTES)
-def route(request: pytest.FixtureRequest) -> Route:
-    return request.param
-
-
-def add(controller: Controller, route: Route, name: str = "canny", seed: int = 0, stride: int = 1) -> None:
-    """An adapter that looks trained: small random weights everywhere."""
-    encoder = EncoderConfig(hidden_size=8) if route == "encoder" else None
-    tokens = TokensConfig(stride) if route == "tokens" else None
-    controller.add_adapter(name, LoCOConfig(r=2, num_rotations=2), encoder=encoder, tokens=tokens)
-    randomise(controller, name, seed)
-
-
-def maps(tiny: Tiny, batch: int = 1, seed: int = 0, scale: tuple[int, int] = (1, 1)) -> Tensor:
-    return condition_map(seed, batch, tiny.side * scale[0], tiny.side * scale[1])
 
 
 def latents_of(controller: Controller, pipe: Any, image: Tensor, batch: int) -> Tensor:
@@ -390,6 +355,11 @@ def test_a_condition_may_act_for_a_part_of_the_steps(tiny: Tiny, pipe: Any, rout
     assert "step" not in vars(pipe.scheduler)
 
 
+@pytest.mark.parametrize(
+    ("tiny", "route"),
+    [*((tiny, "tokens") for tiny in TINY.values()), (TINY["flux"], "encoder"), (TINY["sdxl"], "encoder")],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_compiled_as_a_whole_and_only_once(tiny: Tiny, pipe: Any, route: Route) -> None:
     controller = Controller(pipe)
     add(controller, route)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loco_diffusion.control.rows import spread
+from loco_diffusion.control.rows import Rows
 from loco_diffusion.errors import UserError
 
 
@@ -22,9 +22,9 @@ from loco_diffusion.errors import UserError
 def test_pictures_of_a_prompt_lie_side_by_side_in_each_half(
     number: int, rows: int, copies: int, expected: list[int]
 ) -> None:
-    assert spread(torch.arange(number), rows, lambda: copies).tolist() == expected
+    assert Rows(lambda: copies).spread(torch.arange(number), rows).tolist() == expected
 
 
 def test_what_cannot_be_dealt_out_is_refused() -> None:
     with pytest.raises(UserError, match="3 condition maps for 4 pictures"):
-        spread(torch.arange(3), 8, lambda: 2)
+        Rows(lambda: 2).spread(torch.arange(3), 8)

@@ -10,14 +10,12 @@ import torch
 from control_helpers import condition_map, randomise
 from diffusers import DPMSolverMultistepScheduler
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
-from peft import LilyConfig, inject_adapter_in_model
 from tiny_pipelines import TINY
 from tiny_pipelines.pixart import build_alpha
 from torch import Tensor
 
 from loco_diffusion import Controller, LoCOConfig
 from loco_diffusion.control import TokensConfig, family_of
-from loco_diffusion.control.attention import Memory, Recall, SelfAttentions
 from loco_diffusion.control.patch_positions import spread_patches
 
 BUILD: dict[str, Callable[[], Any]] = {name: TINY[name].build for name in ("sd3", "pixart", "sana")}
@@ -118,23 +116,6 @@ def test_whether_pixart_is_guided_is_known_in_a_controlled_run_only() -> None:
             first_prediction(pipe, "cat", height=32, width=32, **call("pixart") | {"guidance_scale": scale})
     assert seen == [2, 2, 1, 1] and family.guidance_copies(pipe) == 1
     assert "encode_prompt" not in vars(pipe)
-
-
-@torch.no_grad()
-def test_an_adapters_own_products_are_not_taken_for_those_of_linear_attention() -> None:
-    attention = BUILD["sana"]().transformer.transformer_blocks[0].attn1
-    inject_adapter_in_model(LilyConfig(r=2, target_modules=["to_q"]), attention)  # multiplies by torch.matmul
-    memory, tokens = Memory(), torch.randn(1, 6, 32)
-    alone = attention(tokens)
-    switched = SelfAttentions([attention], linear=True, copies=lambda: 1)
-    with switched.remembering(memory, 0):
-        assert torch.equal(attention(tokens), alone)
-    assert memory.layers[0][0].shape == (1, 4, 9, 8)
-    with switched.recalling([Recall(memory)]):  # the same again weighs twice above and below the line
-        torch.testing.assert_close(attention(tokens), alone)
-
-
-# Positions of a condition of fewer tokens than the picture.
 
 
 @pytest.mark.parametrize("name", ["sd3", "pixart"])

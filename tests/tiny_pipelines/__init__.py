@@ -24,6 +24,7 @@ class Tiny:
         free: arguments that turn it off.
         unread: layers of the denoiser whose output it drops.
         text: where a prompt's tokens stand in self-attention: before or after the image's, or nowhere.
+        settings: attributes of the pipeline that a new one made of its parts has not.
         start: the shape of a picture as the call takes it under `latents`; default: that of its result.
     """
 
@@ -35,10 +36,17 @@ class Tiny:
     free: dict[str, Any] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
     text: Literal["before", "after", "nowhere"] = "nowhere"
+    settings: dict[str, Any] = field(default_factory=dict)
     start: tuple[int, ...] | None = None
+
+    def settle(self, pipe: Any) -> None:
+        """Give a pipeline the settings."""
+        for name, value in self.settings.items():
+            setattr(pipe, name, value)
 
     def draw(self, pipe: Any, prompt: str | list[str] = "a red cube", **arguments: Any) -> Tensor:
         """Two denoising steps, as latents, always from the same noise."""
+        self.settle(pipe)
         arguments = {
             "height": self.side,
             "width": self.side,
@@ -106,6 +114,10 @@ TINY = {
             call={"max_sequence_length": 12},
             guided={"negative_prompt": "", "true_cfg_scale": 3.0},
             free={"true_cfg_scale": 1.0},
+            settings={
+                "prompt_template_encode": "<|im_start|>{}<|im_end|>",
+                "prompt_template_encode_start_idx": 1,
+            },
             unread=("transformer_blocks.1.attn.add_q_proj", "transformer_blocks.1.attn.to_add_out"),
             text="before",
         ),

@@ -11,6 +11,7 @@ from diffusers import (
 )
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from tiny_pipelines import TINY
 from tiny_pipelines.letters import letter_tokenizer
 
 TEXT_LENGTH = 12
@@ -69,6 +70,5 @@ def build() -> QwenImagePipeline:
         transformer=transformer.eval(),
     )
     pipe.tokenizer_max_length = TEXT_LENGTH
-    pipe.prompt_template_encode = "<|im_start|>{}<|im_end|>"
-    pipe.prompt_template_encode_start_idx = 1
+    TINY["qwenimage"].settle(pipe)
     return pipe
