@@ -1,7 +1,8 @@
-"""What control costs: time and memory of a FLUX.1 that follows pictures, beside one that does not.
+"""What control costs: time and memory of a FLUX.1 or SD1.5 that follows pictures, beside one that does not.
 
     python benchmarks/control_cost.py
     python benchmarks/control_cost.py --device cuda --layers 19
+    python benchmarks/control_cost.py --model sd15
     python benchmarks/control_cost.py --width 256 --tokens 64 --text-tokens 16 --repeats 2    # a trial
 
 Random bfloat16 weights of FLUX.1's width, with as many single blocks as two for each double block; LoCO adapters
@@ -14,7 +15,8 @@ of the attention (r 4, 4 rotations). Measured are
 
 ControlNet is diffusers' FluxControlNetModel with 5 double and 10 single blocks for FLUX.1's 19 and 38, as the
 published ones have; with fewer layers its own time is scaled to that share. FluxControl concatenates the condition's
-channels to the picture's. All ways run in turn within each repetition; ratios are medians over the repetitions.
+channels to the picture's. SD1.5's ControlNet is diffusers' ControlNetModel, a copy of half of the UNet. All ways run
+in turn within each repetition; ratios are medians over the repetitions.
 Writes MODEL-DEVICE.json and .md into the folder control_cost.
 """
 
@@ -33,15 +35,20 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import typer
 from diffusers import (
+    ControlNetModel,
+    DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxControlNetModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
 )
 from memory import in_new_process, peak_over
 from output import RESULTS, describe, write
 from timing import milliseconds, paired_ratio
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from loco_diffusion import Controller, LoCOConfig
 from loco_diffusion.console import quiet_libraries
@@ -84,7 +91,7 @@ class Way(NamedTuple):
 
 
 def main(
-    model: Annotated[str, typer.Option(help="flux.")] = "flux",
+    model: Annotated[str, typer.Option(help="flux, or sd15 at 64 x 64 latents and 77 text tokens.")] = "flux",
     width: Annotated[int, typer.Option(help="Of FLUX.1; a multiple of 128.")] = 3072,
     tokens: Annotated[
         int, typer.Option(help="Image tokens, and as many of each condition; a square.")
@@ -185,26 +192,18 @@ def flux_ways(settings: Settings) -> dict[str, Callable[[], Way]]:
     build = partial(_frozen, settings=settings)
     base = cache(lambda: build(FluxTransformer2DModel))
 
-    def controlled(count: int = 1, strength: float = 1.0, merged: bool = False, **route: Any) -> Way:
-        transformer = copy.deepcopy(base()) if merged else _sharing(base())
-        pipe = FluxPipeline(FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, transformer)
-        controller = Controller(pipe)
-        names = [f"condition{number}" for number in range(count)]
-        for name in names:
-            controller.add_adapter(name, LoCOConfig(r=4, num_rotations=4), **route)
-        if merged:
-            controller.fuse(names[0])
+    def make_pipe(transformer: nn.Module) -> FluxPipeline:
+        return FluxPipeline(FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, transformer)
 
-        def enter() -> AbstractContextManager[None]:
-            controller.clear_cache()  # as for a new picture
-            return controller(dict.fromkeys(names, condition), strength=strength)
+    def step(transformer: nn.Module) -> Callable[[], object]:
+        return partial(transformer, **inputs)
 
-        return Way(partial(transformer, **inputs), enter)
+    controlled = partial(_controlled, base, make_pipe, step, condition)
 
     def control_net() -> Way:
         network = build(FluxControlNetModel)
         extra = partial(network, controlnet_cond=inputs["hidden_states"], **inputs)
-        return Way(partial(base(), **inputs), extra=extra, share=CONTROLNET_SHARE)
+        return Way(step(base()), extra=extra, share=CONTROLNET_SHARE)
 
     def concatenated() -> Way:
         both = {**inputs, "hidden_states": torch.cat([inputs["hidden_states"]] * 2, dim=2)}
@@ -212,7 +211,7 @@ def flux_ways(settings: Settings) -> dict[str, Callable[[], Way]]:
 
     encoder, tokens = EncoderConfig(input="latents"), TokensConfig()
     return {
-        BARE: lambda: Way(partial(base(), **inputs)),
+        BARE: lambda: Way(step(base())),
         "encoder route": partial(controlled, encoder=encoder),
         "encoder route, merged": partial(controlled, encoder=encoder, merged=True),
         "tokens route, 1 condition": partial(controlled, tokens=tokens),
@@ -225,7 +224,79 @@ def flux_ways(settings: Settings) -> dict[str, Callable[[], Way]]:
     }
 
 
-WAYS = {"flux": flux_ways}
+def sd15_ways(settings: Settings) -> dict[str, Callable[[], Way]]:
+    """The ways to control Stable Diffusion 1.5."""
+    make = partial(_random, device=settings.device)
+    latents, text = make(1, 4, 64, 64), make(1, 77, 768)
+    condition = MapTokens(make(1, 64 * 64, 4).float(), (64, 64), "latents")
+
+    @cache
+    def base() -> nn.Module:
+        with torch.device(settings.device):
+            unet = UNet2DConditionModel(cross_attention_dim=768)  # its defaults are SD1.5's, but for this
+        return unet.to(torch.bfloat16).requires_grad_(False).eval()
+
+    def make_pipe(unet: nn.Module) -> StableDiffusionPipeline:
+        tokenizer = CLIPTokenizer(
+            vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[], model_max_length=77
+        )
+        encoder = CLIPTextModel(CLIPTextConfig(vocab_size=2, hidden_size=768, num_hidden_layers=1))
+        encoder = encoder.to(settings.device, torch.bfloat16)
+        parts = None, encoder, tokenizer, unet, DDIMScheduler(), None, None
+        return StableDiffusionPipeline(*parts, requires_safety_checker=False)
+
+    def step(unet: nn.Module) -> Callable[[], object]:
+        return partial(unet, latents, 500, encoder_hidden_states=text, return_dict=False)
+
+    def control_net() -> Way:
+        network = ControlNetModel.from_unet(base()).to(torch.bfloat16).requires_grad_(False).eval()
+        picture = make(1, 3, 512, 512)
+        extra = partial(
+            network, latents, 500, encoder_hidden_states=text, controlnet_cond=picture, return_dict=False
+        )
+        return Way(step(base()), extra=extra)
+
+    controlled = partial(_controlled, base, make_pipe, step, condition)
+    encoder, tokens = EncoderConfig(input="latents"), TokensConfig()
+    return {
+        BARE: lambda: Way(step(base())),
+        "encoder route": partial(controlled, encoder=encoder),
+        "encoder route, merged": partial(controlled, encoder=encoder, merged=True),
+        "tokens route, 1 condition": partial(controlled, tokens=tokens),
+        "tokens route, 1 condition at strength 0.5": partial(controlled, tokens=tokens, strength=0.5),
+        "ControlNet": control_net,
+    }
+
+
+WAYS = {"flux": flux_ways, "sd15": sd15_ways}
+
+
+def _controlled(
+    base: Callable[[], nn.Module],
+    make_pipe: Callable[[nn.Module], Any],
+    step: Callable[[nn.Module], Callable[[], object]],
+    condition: MapTokens,
+    count: int = 1,
+    strength: float = 1.0,
+    merged: bool = False,
+    encoder: EncoderConfig | None = None,
+    tokens: TokensConfig | None = None,
+) -> Way:
+    """Control by LoCO adapters and as many conditions, on the route whose settings are given."""
+    denoiser = copy.deepcopy(base()) if merged else _sharing(base())
+    controller = Controller(make_pipe(denoiser))
+    names = [f"condition{number}" for number in range(count)]
+    for name in names:
+        config = LoCOConfig(r=4, num_rotations=4)
+        controller.add_adapter(name, config, encoder=encoder, tokens=tokens)
+    if merged:
+        controller.fuse(names[0])
+
+    def enter() -> AbstractContextManager[None]:
+        controller.clear_cache()  # as for a new picture
+        return controller(dict.fromkeys(names, condition), strength=strength)
+
+    return Way(step(denoiser), enter)
 
 
 def _frozen(kind: type, settings: Settings, **config: int) -> nn.Module:
@@ -253,12 +324,16 @@ def _random(*shape: int, device: str) -> Tensor:
 def to_markdown(results: dict[str, Any]) -> str:
     """The results as a table."""
     settings = results["settings"]
+    size = "64 x 64 latents, 77 text tokens"
+    if settings["model"] == "flux":
+        size = (
+            f"Width {settings['width']}, {settings['text_tokens']} text, {settings['tokens']} image and as many "
+            f"condition tokens, {settings['layers']} double and {2 * settings['layers']} single blocks"
+        )
     lines = [
         f"# What control costs: {settings['model']}",
         "",
-        f"Width {settings['width']}, {settings['text_tokens']} text, {settings['tokens']} image and as many condition "
-        f"tokens, {settings['layers']} double and {2 * settings['layers']} single blocks; medians of "
-        f"{settings['repeats']} repetitions.",
+        f"{size}; medians of {settings['repeats']} repetitions.",
         "",
         describe(results["machine"]),
         "",
