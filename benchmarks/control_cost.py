@@ -14,9 +14,9 @@ of the attention (r 4, 4 rotations). Measured are
 - peak memory: of both, over what the process had before it built the model, each way in its own process.
 
 ControlNet is diffusers' FluxControlNetModel with 5 double and 10 single blocks for FLUX.1's 19 and 38, as the
-published ones have; with fewer layers its own time, but not its memory, is scaled to that share. FluxControl concatenates the condition's
-channels to the picture's. SD1.5's ControlNet is diffusers' ControlNetModel, a copy of half of the UNet. All ways run
-in turn within each repetition; ratios are medians over the repetitions.
+published ones have; with fewer layers its own time, but not its memory, is scaled to that share. FluxControl
+concatenates the condition's channels to the picture's. SD1.5's ControlNet is diffusers' ControlNetModel, a copy of
+half of the UNet. All ways run in turn within each repetition; ratios are medians over the repetitions.
 Writes MODEL-DEVICE.json and .md into the folder control_cost.
 """
 
