@@ -21,7 +21,7 @@ from loco_diffusion.adapters.export import to_lora
 from loco_diffusion.adapters.inspection import rotations_of
 from loco_diffusion.cli import main
 from loco_diffusion.conditions import get_condition
-from loco_diffusion.control import layers
+from loco_diffusion.control import adapter_folder, layers
 from loco_diffusion.images import fit
 
 Failure = Callable[..., str]
@@ -78,11 +78,12 @@ def test_exports_a_file_for_stock_diffusers(
     )
     base = FluxPipeline.from_pretrained(flux_folder)
     stock = denoised(base)
-    controller = Controller(base)
-    controller.load_adapter(adapters / "canny")
+    content = adapter_folder.read(adapters / "canny")  # without a controller, which would keep it off
+    layers.inject(base.transformer, content.method, "canny")
+    layers.set_weights(base.transformer, "canny", content.adapter)
     with layers.activated(base.transformer, {"canny": 1.0}):
         expected = denoised(base)
-    controller.delete_adapter("canny")
+    layers.remove(base.transformer, "canny")
     base.load_lora_weights(".", weight_name="lora.safetensors")
     assert relative_difference(denoised(base), expected) < 1e-5 < relative_difference(stock, expected)
     assert "lora.safetensors exists" in failure(*export)

@@ -40,8 +40,10 @@ def folder(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def session(folder: Path) -> Any:
-    return open_session(folder)
+def session(tiny: Tiny, folder: Path) -> Any:
+    session = open_session(folder)
+    tiny.settle(session.pipe)
+    return session
 
 
 def test_a_session_draws_what_the_pipeline_draws(tiny: Tiny, session: Any) -> None:
