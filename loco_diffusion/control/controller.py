@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -290,10 +290,11 @@ class Controller:
             named_maps: as `control`; both may be given.
 
         Raises:
-            UserError: a name is unknown or given twice, a map, strength, start or end is not usable, only some
-                adapters are fused, or the pipeline's adapters are disabled or left out. When the denoiser runs,
-                for conditions of the tokens route also at the block's beginning: a map is for another size,
-                there are more maps than pictures, attention cannot show the condition, or the memory is full.
+            UserError: a name is unknown or given twice, a map, strength, start or end is not usable, joint
+                conditions are mixed with others, only some adapters are fused, or the pipeline's adapters are
+                disabled or left out. When the denoiser runs, for conditions of the tokens route also at the
+                block's beginning: a map is for another size, there are more maps than
+                pictures, attention cannot show the condition, or the memory is full.
         """
         given = dict(control or {})
         for name in given.keys() & named_maps.keys():
@@ -313,6 +314,7 @@ class Controller:
             sizes = " and ".join(str(batch) for batch in sorted(batches))
             raise UserError(f"The condition maps come in batches of {sizes}; give the same number of each.")
         maps = {name: m for name, m in maps.items() if strengths[name] != 0}
+        self._check_together(maps)
         return self._controlled(maps, strengths, windows, keep, unconditional)
 
     @contextmanager
@@ -413,6 +415,14 @@ class Controller:
         return self._conditioning.features.add(hidden)
 
     # Checks and construction.
+
+    def _check_together(self, names: Collection[str]) -> None:
+        tokens = [self._adapters[name].info.tokens for name in names]
+        joint = [settings for settings in tokens if settings is not None and settings.joint]
+        if joint and len(joint) < len(tokens):  # whose tokens the others would turn, or not see
+            raise UserError(
+                "Joint conditions go with joint ones only; give the others in a `with controller(...)` of their own."
+            )
 
     def _attach(
         self,

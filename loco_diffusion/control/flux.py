@@ -31,6 +31,7 @@ class FluxFamily(LatentFamily):
     }
     tokenizer = "tokenizer_2"
     # Not guidance_embeds: an adapter trained on FLUX.1-dev also works on FLUX.1-schnell.
+    input_name = "x_embedder"
     numbers: ClassVar[tuple[str, ...]] = (
         "in_channels",
         "num_layers",
@@ -40,11 +41,6 @@ class FluxFamily(LatentFamily):
         "joint_attention_dim",
         "pooled_projection_dim",
     )
-
-    def input_layer(self, denoiser: nn.Module) -> nn.Module:
-        layer = denoiser.x_embedder
-        assert isinstance(layer, nn.Module)
-        return layer
 
     def self_attentions(self, denoiser: nn.Module) -> list[nn.Module]:
         model = unwrapped(denoiser)

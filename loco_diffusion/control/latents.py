@@ -22,6 +22,7 @@ class LatentFamily:
 
     Attributes:
         component: the pipeline's name of the denoiser.
+        input_name: the denoiser's name of its input layer.
         tokenizer: the pipeline's name of the tokenizer that sets the length of prompts.
         numbers: entries of the denoiser's config that an adapter's weights depend on.
         patch: latents along the side of a token.
@@ -32,6 +33,7 @@ class LatentFamily:
     linear_attention = False
     text_in_condition = False
     component: ClassVar[str] = "transformer"
+    input_name: ClassVar[str]
     tokenizer: ClassVar[str] = "tokenizer"
     numbers: ClassVar[tuple[str, ...]] = ()
     patch: ClassVar[int] = 2
@@ -39,6 +41,9 @@ class LatentFamily:
     def denoiser(self, pipe: Pipeline) -> nn.Module:
         model: nn.Module = unwrapped(getattr(pipe, self.component))
         return model
+
+    def input_layer(self, denoiser: nn.Module) -> nn.Module:
+        return denoiser.get_submodule(self.input_name)
 
     def guidance_copies(self, pipe: Pipeline) -> int:
         return 2 if getattr(pipe, "do_classifier_free_guidance", False) else 1
@@ -86,6 +91,12 @@ class LatentFamily:
         raise NotImplementedError
 
     def condition_text(self, pipe: Pipeline) -> dict[str, Tensor]:
+        """The empty prompt.
+
+        Raises:
+            UserError: the pipeline has no text encoder.
+        """
+        check_text_encoders(pipe)
         return self.encode_prompts(pipe, [""])
 
     def decode_latents(self, pipe: Pipeline, latents: Tensor) -> Tensor:
@@ -119,6 +130,14 @@ class LatentFamily:
     ) -> Callable[..., Any]:
         raise UserError(
             f"{type(denoiser).__name__} has no joint conditions, only FLUX.1 has; use TokensConfig(joint=False)."
+        )
+
+
+def check_text_encoders(pipe: Pipeline) -> None:
+    """Raise UserError if the pipeline cannot encode the empty prompt."""
+    if pipe.text_encoder is None or getattr(pipe, "text_encoder_2", pipe) is None:
+        raise UserError(
+            "The tokens route needs the text encoder, for the empty prompt; load the pipeline with it."
         )
 
 

@@ -152,8 +152,6 @@ class ControlledPipeline:
         for side, default in zip(("height", "width"), first.shape[-2:], strict=True):
             # Stock pipelines round down, too.
             call[side] = max(1, (call.get(side) or default) // token) * token
-        for name in (
-            maps.keys() & self.controller.adapters.keys()
-        ):  # the controller refuses names that are unknown
-            condition = self.controller.adapters[name].condition
-            maps[name] = resize_map(maps[name], condition, call["height"], call["width"])
+        adapters = self.controller.adapters
+        for name in maps.keys() & adapters.keys():  # the controller refuses names that are unknown
+            maps[name] = resize_map(maps[name], adapters[name].condition, call["height"], call["width"])

@@ -21,6 +21,7 @@ class PixArtFamily(LatentFamily):
     """The Family of PixArt models; see there for shapes and ranges."""
 
     flow = False
+    input_name = "pos_embed"
     numbers = (
         "in_channels",
         "num_layers",
@@ -32,11 +33,6 @@ class PixArtFamily(LatentFamily):
 
     def __init__(self) -> None:
         self._copies = 1
-
-    def input_layer(self, denoiser: nn.Module) -> nn.Module:
-        layer = denoiser.pos_embed
-        assert isinstance(layer, nn.Module)
-        return layer
 
     def self_attentions(self, denoiser: nn.Module) -> list[nn.Module]:
         return [block.attn1 for block in unwrapped(denoiser).transformer_blocks]

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from loco_diffusion.control.family import Pipeline, stack_rows, unwrapped
-from loco_diffusion.control.latents import LatentFamily, call_default, decoded, posterior_mode
+from loco_diffusion.control.latents import (
+    LatentFamily,
+    call_default,
+    check_text_encoders,
+    decoded,
+    posterior_mode,
+)
 from loco_diffusion.control.sampling import Sampling
 
 MAX_TEXT_LENGTH = 512  # the default of the stock pipeline's call
@@ -21,6 +27,7 @@ class QwenImageFamily(LatentFamily):
     """The Family of Qwen-Image models; see there for shapes and ranges. Latents are without the VAE's time axis."""
 
     text_in_condition = True
+    input_name = "img_in"
     numbers = (
         "in_channels",
         "num_layers",
@@ -28,11 +35,6 @@ class QwenImageFamily(LatentFamily):
         "attention_head_dim",
         "joint_attention_dim",
     )
-
-    def input_layer(self, denoiser: nn.Module) -> nn.Module:
-        layer = denoiser.img_in
-        assert isinstance(layer, nn.Module)
-        return layer
 
     def self_attentions(self, denoiser: nn.Module) -> list[nn.Module]:
         return [block.attn for block in unwrapped(denoiser).transformer_blocks]
@@ -86,7 +88,8 @@ class QwenImageFamily(LatentFamily):
 
     @torch.no_grad()
     def condition_text(self, pipe: Pipeline) -> dict[str, Tensor]:
-        """Without padding, and so without a mask."""
+        """Without padding, and so without a mask; raises as LatentFamily's."""
+        check_text_encoders(pipe)
         embeds, _ = pipe.encode_prompt(prompt=[""])
         return {"prompt_embeds": embeds}
 

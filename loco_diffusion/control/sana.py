@@ -19,6 +19,7 @@ class SanaFamily(LatentFamily):
 
     linear_attention = True
     patch = 1
+    input_name = "patch_embed"
     numbers = (
         "in_channels",
         "num_layers",
@@ -27,11 +28,6 @@ class SanaFamily(LatentFamily):
         "cross_attention_dim",
         "caption_channels",
     )
-
-    def input_layer(self, denoiser: nn.Module) -> nn.Module:
-        layer = denoiser.patch_embed
-        assert isinstance(layer, nn.Module)
-        return layer
 
     def self_attentions(self, denoiser: nn.Module) -> list[nn.Module]:
         return [block.attn1 for block in unwrapped(denoiser).transformer_blocks]

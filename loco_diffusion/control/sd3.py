@@ -18,6 +18,7 @@ class SD3Family(LatentFamily):
     """The Family of Stable Diffusion 3 models; see there for shapes and ranges."""
 
     tokenizer = "tokenizer_3"
+    input_name = "pos_embed"
     numbers = (
         "in_channels",
         "num_layers",
@@ -26,11 +27,6 @@ class SD3Family(LatentFamily):
         "joint_attention_dim",
         "pooled_projection_dim",
     )
-
-    def input_layer(self, denoiser: nn.Module) -> nn.Module:
-        layer = denoiser.pos_embed
-        assert isinstance(layer, nn.Module)
-        return layer
 
     def self_attentions(self, denoiser: nn.Module) -> list[nn.Module]:
         """The joint ones, and those of SD3.5 that leave the text out."""

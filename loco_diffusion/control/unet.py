@@ -22,13 +22,9 @@ class UNetFamily(LatentFamily):
     spatial = True
     flow = False
     component = "unet"
+    input_name = "conv_in"
     numbers = ("in_channels", "cross_attention_dim")
     patch = 1
-
-    def input_layer(self, denoiser: nn.Module) -> nn.Module:
-        layer = denoiser.conv_in
-        assert isinstance(layer, nn.Module)
-        return layer
 
     def self_attentions(self, denoiser: nn.Module) -> list[nn.Module]:
         modules = unwrapped(denoiser).modules()
@@ -51,7 +47,11 @@ class UNetFamily(LatentFamily):
     @torch.no_grad()
     def encode_prompts(self, pipe: Pipeline, prompts: list[str]) -> dict[str, Tensor]:
         """prompt_embeds (B, L, D); for SDXL also pooled_prompt_embeds (B, P) and latent_pixels (B, 1), the side
-        in pixels of a latent, from which `predict` tells the model the picture's size."""
+        in pixels of a latent, from which `predict` tells the model the picture's size.
+
+        For the empty prompt SDXL's pipeline can take zeros instead; with these, adapters of cross-attentions would
+        do nothing in a condition's pass.
+        """
         device = pipe._execution_device
         embeds, _, *pooled = pipe.encode_prompt(
             prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
@@ -60,19 +60,6 @@ class UNetFamily(LatentFamily):
             return {"prompt_embeds": embeds}
         pixels = torch.full((len(prompts), 1), float(pipe.vae_scale_factor), device=device)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled[0], "latent_pixels": pixels}
-
-    def condition_text(self, pipe: Pipeline) -> dict[str, Tensor]:
-        """The empty prompt; SDXL's pipeline can also guide against zeros, but with these, adapters of
-        cross-attentions would do nothing.
-
-        Raises:
-            UserError: the pipeline has no text encoder.
-        """
-        if pipe.text_encoder is None or getattr(pipe, "text_encoder_2", pipe) is None:
-            raise UserError(
-                "The tokens route needs the text encoder, for the empty prompt; load the pipeline with it."
-            )
-        return self.encode_prompts(pipe, [""])
 
     def guidance_arguments(self, pipe: Pipeline, guidance: float, batch: int) -> dict[str, Any]:
         return {"guidance_scale": guidance}  # the pipeline knows what its model takes for no prompt

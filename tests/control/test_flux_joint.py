@@ -11,7 +11,7 @@ from diffusers import FluxPipeline
 from torch import Tensor
 
 from loco_diffusion import Controller, LoCOConfig
-from loco_diffusion.control import TokensConfig, resize_map
+from loco_diffusion.control import EncoderConfig, TokensConfig, resize_map
 from loco_diffusion.control.flux_positions import image_ids
 from loco_diffusion.errors import UserError
 
@@ -100,6 +100,15 @@ def test_a_dropped_row_is_the_stock_one(flux: FluxPipeline, controller: Controll
         mixed = flux.transformer(**given)[0]
     torch.testing.assert_close(mixed[1], stock[1], atol=1e-5, rtol=1e-5)
     assert (mixed[0] - stock[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("settings", [{"encoder": EncoderConfig(hidden_size=8)}, {"tokens": TokensConfig()}])
+def test_other_conditions_beside_it_are_refused(controller: Controller, settings: dict[str, Any]) -> None:
+    controller.add_adapter("depth", LoCOConfig(r=2), **settings)
+    with pytest.raises(UserError, match="Joint conditions go with joint ones only"):
+        controller(canny=condition_map(), depth=condition_map())
+    with controller(canny=condition_map(), depth=condition_map(), strength={"depth": 0.0}):
+        pass
 
 
 def test_control_nets_are_refused(flux: FluxPipeline, controller: Controller) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from loco_diffusion import Controller, LoCOConfig
 from loco_diffusion.control import TokensConfig, family_of
 from loco_diffusion.control.patch_positions import spread_patches
+from loco_diffusion.errors import UserError
 
 BUILD: dict[str, Callable[[], Any]] = {name: TINY[name].build for name in ("sd3", "pixart", "sana")}
 BUILD["pixart alpha"] = build_alpha
@@ -104,6 +105,9 @@ def test_the_empty_prompt_is_encoded_once(name: str) -> None:
         pass
     pipe.text_encoder = None
     with controller(canny=condition_map(seed=1)):
+        pass
+    controller.clear_cache()
+    with pytest.raises(UserError, match="needs the text encoder"), controller(canny=condition_map()):
         pass
 
 
