@@ -101,7 +101,9 @@ def _summary(folder: Path, content: PeftFolder) -> dict[str, str]:
     if isinstance(content, adapter_folder.AdapterFolder):
         control, encoder = content.control, sum(tensor.numel() for tensor in content.encoder.values())
         rows |= {
-            "base": " ".join(filter(None, (control.base.denoiser, control.base.name_or_path))),
+            "base": " ".join(
+                filter(None, (control.base.denoiser, control.base.name_or_path, control.base.revision))
+            ),
             "condition": control.condition,
             "route": control.route,
         }

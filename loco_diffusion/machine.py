@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,17 @@ def describe_machine(device: str, packages: Iterable[str] = ()) -> dict[str, Any
         "load": round(os.getloadavg()[0], 2),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "packages": package_versions(packages),
     }
+
+
+def package_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of distributions by name; those that are not installed are left out."""
+    versions = {}
+    for name in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def cpu_name() -> str:

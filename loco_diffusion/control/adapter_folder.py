@@ -6,13 +6,15 @@ import copy
 import os
 import secrets
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from loco_diffusion.adapters import peft_folder
 from loco_diffusion.adapters.peft_folder import (
@@ -28,6 +30,8 @@ from loco_diffusion.adapters.peft_folder import (
 )
 from loco_diffusion.control.adapter import Route
 from loco_diffusion.control.encoder import EncoderConfig, TokensConfig
+from loco_diffusion.control.family import Pipeline, family_of
+from loco_diffusion.control.identity import are_related, revision_of, sample_weights
 from loco_diffusion.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,17 +39,31 @@ if TYPE_CHECKING:
 
 CONTROL_FILE = "control_config.json"
 ENCODER_FILE = "control_encoder.safetensors"
+_NONE: Mapping[str, bytes] = MappingProxyType({})
 FILES = (METHOD_FILE, ADAPTER_FILE, CONTROL_FILE, ENCODER_FILE)
+DOCUMENTS = ("README.md", "training_config.yaml", "samples.png")
+"""What may lie beside them for people: the model card, how it was trained, and what it draws."""
+PACKAGES = ("loco-diffusion", "torch", "diffusers", "transformers", "peft", "accelerate")
 
 
 class BaseDescription(BaseModel):
-    """The base model that an adapter was trained on."""
+    """The base model that an adapter was trained on.
+
+    Attributes:
+        denoiser: its class.
+        config: the numbers of its config that the adapter's weights depend on.
+        name_or_path: a hub id, or the name of a folder.
+        revision: the commit, of a model from the hub.
+        weights: see `identity.sample_weights`; adapters of earlier versions have none.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     denoiser: str
     config: dict[str, int]
     name_or_path: str | None = None
+    revision: str | None = None
+    weights: dict[str, list[float]] = Field(default_factory=dict)
 
 
 class ControlConfig(BaseModel):
@@ -59,6 +77,8 @@ class ControlConfig(BaseModel):
     encoder: EncoderConfig | None = None
     tokens: TokensConfig | None = None
     base: BaseDescription
+    versions: dict[str, str] = Field(default_factory=dict)
+    """Of the packages that wrote it."""
 
     @model_validator(mode="after")
     def _settings_are_the_routes(self) -> ControlConfig:
@@ -80,14 +100,36 @@ class AdapterFolder(PeftFolder):
     encoder: dict[str, Tensor]
 
 
-def check_base(folder: Path, trained: BaseDescription, present: BaseDescription) -> None:
-    """Raise UserError if the adapter in a folder was trained for another base model than the present one."""
+def describe_base(pipe: Pipeline) -> BaseDescription:
+    """The base model of a pipeline."""
+    family = family_of(pipe)
+    denoiser = family.denoiser(pipe)
+    name_or_path = pipe.config.get("_name_or_path")
+    return BaseDescription(
+        denoiser=type(denoiser).__name__,
+        config=family.base_numbers(pipe),
+        name_or_path=portable_name(name_or_path),
+        revision=revision_of(name_or_path),
+        weights=sample_weights(denoiser),
+    )
+
+
+def check_base(folder: Path, trained: BaseDescription, present: BaseDescription, denoiser: nn.Module) -> None:
+    """Raise UserError if the adapter in a folder was trained for another base model than the present one.
+
+    Args:
+        folder: for the message.
+        trained: of the adapter.
+        present: the other's class, numbers and name.
+        denoiser: whose weights are compared; those of a fine-tuned or distilled model pass for its origin's.
+    """
     source = f" ({trained.name_or_path})" if trained.name_or_path else ""
     theirs, ours = f"a {trained.denoiser}", f"a {present.denoiser}"
     if theirs == ours:
         names = sorted(trained.config.keys() | present.config)
         wrong = [name for name in names if trained.config.get(name) != present.config.get(name)]
         if not wrong:
+            _check_weights(folder, trained, present, denoiser)
             return
         theirs, ours = (
             ", ".join(f"{name} {config.get(name)}" for name in wrong)
@@ -99,6 +141,18 @@ def check_base(folder: Path, trained: BaseDescription, present: BaseDescription)
     )
 
 
+def _check_weights(
+    folder: Path, trained: BaseDescription, present: BaseDescription, denoiser: nn.Module
+) -> None:
+    if not are_related(trained.weights, denoiser):
+        theirs = trained.name_or_path or f"a {trained.denoiser}"
+        ours = present.name_or_path if present.name_or_path != theirs else None
+        raise UserError(
+            f"The adapter in {folder} was trained on the weights of {theirs}, and those of this model"
+            f"{f' ({ours})' if ours else ''} have nothing in common with them; load the base model it belongs to."
+        )
+
+
 def check_denoiser(folder: Path, trained: BaseDescription, denoiser: ModelMixin) -> None:
     """As `check_base` of a denoiser without its pipeline, by those of the numbers that are in its own config."""
     present = {name: denoiser.config.get(name) for name in trained.config}
@@ -108,6 +162,7 @@ def check_denoiser(folder: Path, trained: BaseDescription, denoiser: ModelMixin)
         folder,
         trained.model_copy(update={"config": shared}),
         BaseDescription(denoiser=type(denoiser).__name__, config=present),
+        denoiser,
     )
 
 
@@ -153,7 +208,7 @@ def check_target(folder: Path) -> None:
     try:
         if folder.is_dir():
             content = {entry.name for entry in folder.iterdir()}
-            foreign = sorted(content - set(FILES))
+            foreign = sorted(content - {*FILES, *DOCUMENTS})
             if foreign:
                 raise UserError(
                     f"{folder} holds other files than an adapter's ({foreign[0]}); choose an empty folder."
@@ -168,8 +223,13 @@ def check_target(folder: Path) -> None:
         )
 
 
-def write(folder: Path, content: PeftFolder) -> Path:
+def write(folder: Path, content: PeftFolder, documents: Mapping[str, bytes] = _NONE) -> Path:
     """Write an adapter folder atomically: at any moment it is complete, absent, or what it was before.
+
+    Args:
+        folder: see `check_target`.
+        content: of the adapter.
+        documents: contents of files that lie beside it, by their names among `DOCUMENTS`.
 
     Returns:
         `folder`.
@@ -195,6 +255,8 @@ def write(folder: Path, content: PeftFolder) -> Path:
             if control.encoder:
                 save_file(_portable(control.encoder), partial / ENCODER_FILE, {"format": "pt"})
             (partial / CONTROL_FILE).write_text(control.control.model_dump_json(indent=2) + "\n")
+        for name, document in documents.items():
+            (partial / name).write_bytes(document)
         if folder.exists():
             os.rename(folder, old)  # a folder that is not empty cannot be replaced in one step
         os.rename(partial, folder)

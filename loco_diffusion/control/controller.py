@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from loco_diffusion.control.maps import ConditionMap
 from loco_diffusion.control.preparation import DEFAULT_CACHE, CacheSettings, Preparation
 from loco_diffusion.control.rows import Rows
 from loco_diffusion.errors import UserError
+from loco_diffusion.machine import package_versions
 
 
 class Controller:
@@ -122,7 +124,7 @@ class Controller:
         """
         folder = peft_folder.find(path_or_hub_id)
         content = adapter_folder.read(folder)
-        adapter_folder.check_base(folder, content.control.base, self._base())
+        adapter_folder.check_base(folder, content.control.base, self._base, self._denoiser)
         control = content.control
         name = adapter_name or control.condition
         info = AdapterInfo(
@@ -139,10 +141,21 @@ class Controller:
                 parameter.requires_grad_(False)
         return name
 
-    def save_adapter(self, folder: str | os.PathLike[str], adapter_name: str) -> Path:
+    def save_adapter(
+        self,
+        folder: str | os.PathLike[str],
+        adapter_name: str,
+        documents: Mapping[str, bytes] | None = None,
+    ) -> Path:
         """Write an adapter to a folder of its own, atomically; an adapter that is there is replaced.
 
         The folder has peft's two files, which PeftModel.from_pretrained reads too, and the condition encoder.
+
+        Args:
+            folder: new, empty, or an adapter's.
+            adapter_name: of the adapter.
+            documents: contents of files for people, by their names among `adapter_folder.DOCUMENTS`, such as the
+                model card.
 
         Returns:
             The folder.
@@ -159,12 +172,13 @@ class Controller:
                 condition=adapter.info.condition,
                 encoder=adapter.info.encoder,
                 tokens=adapter.info.tokens,
-                base=self._base(),
+                base=self._base,
+                versions=package_versions(adapter_folder.PACKAGES),
             ),
             adapter=layers.weights_of(self._denoiser, adapter_name),
             encoder=dict(adapter.encoder.state_dict()) if adapter.encoder else {},
         )
-        return adapter_folder.write(Path(folder).expanduser(), content)
+        return adapter_folder.write(Path(folder).expanduser(), content, documents or {})
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter out; after the last one the denoiser has its own layers only.
@@ -433,6 +447,7 @@ class Controller:
         encoder_weights: Mapping[str, Tensor] | None,
     ) -> None:
         self._check_idle()
+        _ = self._base  # while it can be seen
         if info.tokens and info.tokens.joint:
             self.family.joint_forward(self._denoiser, [], self._rows)  # refuses where there is none
         encoder = self._new_encoder(info.encoder) if info.encoder else None
@@ -460,12 +475,10 @@ class Controller:
             self._preparation.token_width(config.input), width, config, self.family.spatial
         )
 
+    @cached_property
     def _base(self) -> BaseDescription:
-        return BaseDescription(
-            denoiser=type(self._denoiser).__name__,
-            config=self.family.base_numbers(self._pipe),
-            name_or_path=adapter_folder.portable_name(self._pipe.config.get("_name_or_path")),
-        )
+        """Of the weights as they are before the first adapter: later they may be fused, or spread over devices."""
+        return adapter_folder.describe_base(self._pipe)
 
     def _known(self, name: str) -> Adapter:
         if name not in self._adapters:

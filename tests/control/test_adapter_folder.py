@@ -14,8 +14,9 @@ from peft import LoraConfig, OFTConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from loco_diffusion import Controller, LoCOConfig
-from loco_diffusion.control import EncoderConfig
-from loco_diffusion.control.adapter_folder import FILES, check_target
+from loco_diffusion.control import EncoderConfig, adapter_folder
+from loco_diffusion.control.adapter_folder import FILES, check_denoiser, check_target
+from loco_diffusion.control.identity import sample_weights
 from loco_diffusion.errors import UserError
 
 
@@ -278,7 +279,82 @@ def test_another_base_is_refused(make_flux: Callable[..., FluxPipeline], saved: 
         UserError, match="trained for a model with num_layers 1, this pipeline has num_layers 2"
     ):
         Controller(make_flux(num_layers=2)).load_adapter(saved)
-    Controller(make_flux(guidance_embeds=True)).load_adapter(saved)  # distilled or not is no matter
+    distilled = make_flux(guidance_embeds=True)  # or not is no matter
+    distilled.transformer.load_state_dict(make_flux().transformer.state_dict(), strict=False)
+    Controller(distilled).load_adapter(saved)
+
+
+def test_a_base_of_other_weights_is_refused_and_a_descendant_is_not(
+    make_flux: Callable[..., FluxPipeline], saved: Path
+) -> None:
+    other = make_flux()
+    randomise_base(other, share=1.0)
+    with pytest.raises(
+        UserError, match="those of this model have nothing in common with them; load the base"
+    ):
+        Controller(other).load_adapter(saved)
+    assert not hasattr(other.transformer, "peft_config")
+    with pytest.raises(UserError, match="nothing in common"):
+        check_denoiser(saved, adapter_folder.read(saved).control.base, other.transformer)
+    descendant = make_flux()
+    randomise_base(descendant, share=0.3)
+    descendant.to(torch.bfloat16)
+    controller = Controller(descendant)
+    assert controller.load_adapter(saved) == "canny"
+    add_trained(controller, "depth")
+    again = controller.save_adapter(saved.parent / "again", "canny")
+    Controller(make_flux()).load_adapter(again)
+    edit(
+        "control_config.json",
+        base=BASE | {"config": json.loads((saved / "control_config.json").read_text())["base"]["config"]},
+    )(saved)
+    Controller(other).load_adapter(saved)  # an adapter of an earlier version, which tells no weights
+
+
+def randomise_base(pipe: FluxPipeline, share: float) -> None:
+    """Mix the denoiser's weights with unrelated ones of the same size."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in pipe.transformer.parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * parameter.std(unbiased=False)
+            parameter.mul_(1 - share).add_(noise, alpha=share)
+
+
+def test_the_base_is_described_without_its_adapters(flux: FluxPipeline) -> None:
+    before = sample_weights(flux.transformer)
+    assert len(before) == 16 and all(len(values) == 16 for values in before.values())
+    controller = Controller(flux)
+    for name in ("canny", "depth"):
+        add_trained(controller, name)
+    controller.add_adapter("blur", LoraConfig(r=2, target_modules=["to_q"]))
+    assert sample_weights(flux.transformer) == before
+
+
+def test_the_commit_of_a_base_from_the_hub_is_kept(
+    flux: FluxPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "cache" / "models--owner--tiny-flux"
+    flux.save_pretrained(cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache.parent))
+    pipe = FluxPipeline.from_pretrained("owner/tiny-flux", cache_dir=cache.parent, local_files_only=True)
+    controller = Controller(pipe)
+    add_trained(controller, "canny")
+    base = adapter_folder.read(controller.save_adapter(tmp_path / "canny", "canny")).control.base
+    assert (base.name_or_path, base.revision) == ("owner/tiny-flux", commit)
+
+
+def test_documents_lie_beside_the_adapter(flux: FluxPipeline, tmp_path: Path) -> None:
+    controller = Controller(flux)
+    add_trained(controller, "canny")
+    folder = controller.save_adapter(tmp_path / "canny", "canny", {"README.md": b"# Canny"})
+    assert (folder / "README.md").read_text() == "# Canny"
+    versions = adapter_folder.read(folder).control.versions
+    assert torch.__version__.startswith(versions["torch"]) and "peft" in versions
+    controller.save_adapter(folder, "canny")  # the card was of the adapter that it replaces
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
 
 
 def test_missing_adapters_are_refused(flux: FluxPipeline, saved: Path) -> None:
