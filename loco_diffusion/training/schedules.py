@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor
 
 from loco_diffusion.training.config import TimestepSettings
@@ -27,15 +28,23 @@ def learning_rate_factor(step: int, steps: int, warmup_steps: int, decay: float)
 def sample_sigmas(count: int, settings: TimestepSettings, rng: np.random.Generator) -> Tensor:
     """Noise levels: float32 (count,) in [0, 1]; 1 is pure noise.
 
-    Source: Esser et al. 2024 (arXiv 2403.03206), the logit-normal density (section 3.1) and the
-    resolution-dependent shift (equation 23).
+    Args:
+        count: how many.
+        settings: resolved for the kind of model.
+        rng: of the batch.
+
+    Source: Esser et al. 2024 (arXiv 2403.03206), the densities (section 3.1) and the resolution-dependent shift
+    (equation 23).
     """
-    if settings.sampling == "uniform":
-        sigmas = rng.random(count)
-    else:
-        sigmas = 1 / (1 + np.exp(-(settings.mean + settings.std * rng.standard_normal(count))))
-    shifted = settings.shift * sigmas / (1 + (settings.shift - 1) * sigmas)
-    return torch.from_numpy(shifted.astype(np.float32))
+    sigmas = compute_density_for_timestep_sampling(
+        str(settings.sampling),
+        count,
+        settings.mean,
+        settings.std,
+        settings.mode_scale,
+        generator=torch.Generator().manual_seed(int(rng.integers(2**63))),
+    )
+    return settings.shift * sigmas / (1 + (settings.shift - 1) * sigmas)
 
 
 def draws_of(seed: int, batch: int, process: int) -> np.random.Generator:

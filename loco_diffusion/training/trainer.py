@@ -25,7 +25,7 @@ from loco_diffusion.training.config import TrainingConfig
 from loco_diffusion.training.examples import Batch, Examples, Loaded
 from loco_diffusion.training.interruption import Interruption
 from loco_diffusion.training.journal import Journal, progress_bar
-from loco_diffusion.training.objective import FlowMatching
+from loco_diffusion.training.objective import Objective
 from loco_diffusion.training.optimizer import Optimizer
 from loco_diffusion.training.output import OutputFolder
 from loco_diffusion.training.schedules import batch_indices, draws_of
@@ -70,6 +70,7 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
     pipe: Any = load_base(None if config.base == "packaged" else config.base, getattr(torch, config.dtype))
     torch.manual_seed(config.seed)  # of the adapter's initial weights
     controller = build_controller(config, pipe)
+    objective = Objective(config, pipe)
     family = family_of(pipe)
     denoiser = family.denoiser(pipe)
     modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
@@ -84,7 +85,7 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
             _move(frozen, torch.device("cpu"))
         _move([denoiser], accelerator.device)
         denoiser.train()
-        training = _Training(config, accelerator, controller, examples, output, identity)
+        training = _Training(config, accelerator, controller, objective, examples, output, identity)
         if checkpoint is None:
             training.fit()
         else:
@@ -110,6 +111,7 @@ class _Training:
         config: TrainingConfig,
         accelerator: Accelerator,
         controller: Controller,
+        objective: Objective,
         examples: Examples,
         output: OutputFolder,
         identity: dict[str, Any],
@@ -117,15 +119,13 @@ class _Training:
         self.config = config
         self.accelerator = accelerator
         self.controller = controller
+        self.objective = objective
         self.examples = examples
         self.output = output
         self.identity = identity
-        family = examples.family
-        denoiser = family.denoiser(examples.pipe)
-        self.trainable = Trainable(controller, config.condition, denoiser, accelerator.device)
-        self.objective = FlowMatching(config, family, denoiser)
+        self.trainable = Trainable(controller, config.condition, objective.denoiser, accelerator.device)
         self.optimizer = Optimizer(config, accelerator, self.trainable.groups)
-        self.schedule = build_schedule(config, denoiser)
+        self.schedule = build_schedule(config, objective.denoiser)
         self.step = 0
         self.loss_sum = torch.zeros((), device=accelerator.device)
         self.losses = 0

@@ -20,12 +20,17 @@ def test_learning_rate_rises_stays_and_falls() -> None:
 
 def test_sigmas_have_the_right_medians() -> None:
     rng = np.random.default_rng(0)
-    uniform = sample_sigmas(4000, TimestepSettings(sampling="uniform"), rng)
+    uniform = sample_sigmas(4000, TimestepSettings().resolved(flow=False), rng)
     assert uniform.min() >= 0 and uniform.max() <= 1
     assert uniform.mean() == pytest.approx(0.5, abs=0.02)
     assert uniform.std() == pytest.approx(12**-0.5, abs=0.02)
-    shifted = sample_sigmas(4000, TimestepSettings(sampling="logit_normal", shift=3), rng)
+    shifted = sample_sigmas(4000, TimestepSettings(shift=3).resolved(flow=True), rng)
     assert shifted.median() == pytest.approx(0.75, abs=0.02)  # 3 * 0.5 / (1 + 2 * 0.5)
+    noisier = sample_sigmas(4000, TimestepSettings(mean=1).resolved(flow=True), rng)
+    assert noisier.median() == pytest.approx(0.731, abs=0.02)  # the sigmoid of 1
+    middle = sample_sigmas(4000, TimestepSettings(sampling="mode"), rng)
+    assert middle.mean() == pytest.approx(0.5, abs=0.02)
+    assert middle.min() >= 0 and middle.max() <= 1 and middle.std() < uniform.std() - 0.02
 
 
 def test_every_epoch_sees_every_example_once_in_a_new_order() -> None:
