@@ -135,8 +135,17 @@ def generate(
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What to train; see --fields.")],
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the newest checkpoint, if there is one.")
-    ] = False,
+        str | None,
+        typer.Option(
+            metavar="latest|DIR",
+            help='Continue: "latest" from the newest checkpoint of the output, if there is one; else the '
+            "checkpoint's folder.",
+        ),
+    ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Repository of the Hugging Face Hub that gets the adapter."),
+    ] = None,
     fields: Annotated[
         bool,
         typer.Option(
@@ -155,8 +164,11 @@ def train(
     from loco_diffusion.training.trainer import train as run_training
 
     quiet_libraries()
-    folder = run_training(load_config(config), resume)
+    folder = run_training(load_config(config), resume, push_to_hub)
     say(f"Wrote {folder}")
+    say(f"See {folder.parent / 'report.html'} for curves and pictures")
+    if push_to_hub is not None:
+        say(f"Pushed it to {push_to_hub}")
 
 
 for command in (export, merge, info):

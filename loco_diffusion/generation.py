@@ -34,18 +34,18 @@ MAX_SIDE = 4096
 class Session:
     """A loaded base model with its controller.
 
-    Attributes:
+    Args:
         pipe: the stock pipeline.
-        controller: holds the adapters.
         defaults: the size, steps and guidance that suit the base.
+        controller: of the pipeline; default: a new one.
 
     Raises:
         UserError: the pipeline's denoiser is of no known family.
     """
 
-    def __init__(self, pipe: Pipeline, defaults: Sampling) -> None:
+    def __init__(self, pipe: Pipeline, defaults: Sampling, controller: Controller | None = None) -> None:
         self.pipe = pipe
-        self.controller = Controller(pipe)
+        self.controller = controller or Controller(pipe)
         self.defaults = defaults
 
     @property
@@ -204,11 +204,20 @@ def open_session(model: str | os.PathLike[str] | None = None) -> Session:
     """
     pipe = load_base(model, torch.float32 if model is None else torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
-    family = family_of(pipe)
+    defaults = default_sampling(pipe, packaged=model is None)
     _place(pipe)
-    if model is None:
-        return Session(pipe, Sampling(PACKAGED_SIZE, PACKAGED_SIZE, STEPS, GUIDANCE))
-    return Session(pipe, family.default_sampling(pipe))
+    return Session(pipe, defaults)
+
+
+def default_sampling(pipe: Pipeline, packaged: bool) -> Sampling:
+    """The size, steps and guidance that suit a base, the packaged one or any other.
+
+    Raises:
+        UserError: the pipeline's denoiser is of no known family.
+    """
+    if packaged:
+        return Sampling(PACKAGED_SIZE, PACKAGED_SIZE, STEPS, GUIDANCE)
+    return family_of(pipe).default_sampling(pipe)
 
 
 def fit_map(image: Image.Image, condition: str, width: int, height: int) -> Image.Image:

@@ -96,6 +96,8 @@ class TaskScores:
             raise UserError(f"There are no scores for {condition!r}; choose from {', '.join(SCORES)}.")
         self.condition = condition
         self._metrics = {score.key: score.metric() for score in SCORES[condition]}
+        for metric in self._metrics.values():  # one process has all pictures; others may have nothing to add
+            metric.sync_on_compute = False
 
     def update(self, pictures: Sequence[Image.Image], originals: Sequence[Image.Image]) -> None:
         """Take in a batch.

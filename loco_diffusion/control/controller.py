@@ -73,6 +73,11 @@ class Controller:
 
     # Adapters.
 
+    @cached_property
+    def base(self) -> BaseDescription:
+        """The base model, as it was before the first adapter: later it may be fused, or spread over devices."""
+        return adapter_folder.describe_base(self._pipe)
+
     @property
     def adapters(self) -> dict[str, AdapterInfo]:
         """The adapters by name, in the order in which they were added, which is that of their rotations."""
@@ -124,7 +129,7 @@ class Controller:
         """
         folder = peft_folder.find(path_or_hub_id)
         content = adapter_folder.read(folder)
-        adapter_folder.check_base(folder, content.control.base, self._base, self._denoiser)
+        adapter_folder.check_base(folder, content.control.base, self.base, self._denoiser)
         control = content.control
         name = adapter_name or control.condition
         info = AdapterInfo(
@@ -172,7 +177,7 @@ class Controller:
                 condition=adapter.info.condition,
                 encoder=adapter.info.encoder,
                 tokens=adapter.info.tokens,
-                base=self._base,
+                base=self.base,
                 versions=package_versions(adapter_folder.PACKAGES),
             ),
             adapter=layers.weights_of(self._denoiser, adapter_name),
@@ -447,7 +452,7 @@ class Controller:
         encoder_weights: Mapping[str, Tensor] | None,
     ) -> None:
         self._check_idle()
-        _ = self._base  # while it can be seen
+        _ = self.base  # while it can be seen
         if info.tokens and info.tokens.joint:
             self.family.joint_forward(self._denoiser, [], self._rows)  # refuses where there is none
         encoder = self._new_encoder(info.encoder) if info.encoder else None
@@ -474,11 +479,6 @@ class Controller:
         return ConditionEncoder(
             self._preparation.token_width(config.input), width, config, self.family.spatial
         )
-
-    @cached_property
-    def _base(self) -> BaseDescription:
-        """Of the weights as they are before the first adapter: later they may be fused, or spread over devices."""
-        return adapter_folder.describe_base(self._pipe)
 
     def _known(self, name: str) -> Adapter:
         if name not in self._adapters:

@@ -47,30 +47,32 @@ class Source(Protocol):
 
 
 class SceneSource:
-    """The first scenes of the training seeds, drawn when asked for.
+    """The first scenes of some seeds, drawn when asked for.
 
     Args:
         count: number of scenes.
         size: side of the pictures in pixels.
+        seeds: of the scenes.
     """
 
-    def __init__(self, count: int, size: int) -> None:
-        if not 1 <= count <= len(TRAIN_SEEDS):
-            raise UserError(f"There are 1 to {len(TRAIN_SEEDS):,} training scenes, not {count}.")
+    def __init__(self, count: int, size: int, seeds: range = TRAIN_SEEDS) -> None:
+        if not 1 <= count <= len(seeds):
+            raise UserError(f"There are 1 to {len(seeds):,} scenes, not {count}.")
         self.count = count
         self.size = size
+        self.seeds = seeds
 
     def __len__(self) -> int:
         return self.count
 
     def picture(self, index: int) -> Tensor:
         """See `Source`."""
-        drawn = render([sample_scene(TRAIN_SEEDS[index])], self.size)
+        drawn = render([sample_scene(self.seeds[index])], self.size)
         return (drawn.image[0] * 255).round().to(torch.uint8)
 
     def caption(self, index: int) -> str:
         """See `Source`."""
-        return sample_scene(TRAIN_SEEDS[index]).caption
+        return sample_scene(self.seeds[index]).caption
 
 
 class FolderSource:

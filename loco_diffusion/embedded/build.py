@@ -84,7 +84,7 @@ def _build_adapters(runs: Path, out: Path) -> None:
         config = load_config(Path(str(files("loco_diffusion.embedded"))) / "adapters" / f"{condition}.yaml")
         base = "packaged" if out == WEIGHTS else str(out / "base")
         config = config.model_copy(update={"output": str(runs / "adapters" / condition), "base": base})
-        trained = train(config, resume=True)
+        trained = train(config, resume="latest")
         _replace(out / "adapters" / condition, partial(_copy_in_half_precision, trained))
 
 

@@ -37,8 +37,14 @@ def save_checkpoint(
         whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         save_file(whole, partial / "tensors.safetensors")
         (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+        for path in (
+            *partial.iterdir(),
+            partial,
+        ):  # also a machine that loses power has them whole, or not at all
+            _flush(path)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
+        _flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         cause = getattr(error, "strerror", None) or str(error)
@@ -48,6 +54,15 @@ def save_checkpoint(
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or a folder's list of names is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     TypeAdapter,
     ValidationError,
@@ -20,15 +19,10 @@ from pydantic import (
 )
 
 from loco_diffusion.errors import UserError
+from loco_diffusion.training.settings import Settings, ValidationSettings
 
 if typing.TYPE_CHECKING:
     from peft import PeftConfig
-
-
-class Settings(BaseModel):
-    """A section of the configuration; unknown fields are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class EncoderSettings(Settings):
@@ -248,6 +242,13 @@ class TrainingConfig(Settings):
     seed: int = Field(
         default=0, ge=0, description="Of the initial weights, the data order and every random draw."
     )
+    validation: ValidationSettings = Field(
+        default=ValidationSettings(), description="The pictures that the run is watched by."
+    )
+    log_with: tuple[str, ...] = Field(
+        default=(),
+        description="Trackers beside log.jsonl: tensorboard, wandb, or others that accelerate knows.",
+    )
     checkpoint_every: int = Field(default=200, ge=1, description="Steps between checkpoints.")
     keep_checkpoints: int = Field(default=2, ge=1, description="Older checkpoints are deleted.")
     log_every: int = Field(default=10, ge=1, description="Steps between lines of log.jsonl.")
@@ -262,6 +263,17 @@ class TrainingConfig(Settings):
     @classmethod
     def _yaml_reads_no_as_false(cls, value: Any) -> Any:
         return "no" if value is False else value
+
+    @field_validator("log_with")
+    @classmethod
+    def _trackers_exist(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        from accelerate.utils import LoggerType
+
+        known = sorted({str(name.value) for name in LoggerType} - {"all"})
+        for name in value:
+            if name not in known:
+                raise ValueError(f"there is no tracker {name!r}; choose from {', '.join(known)}")
+        return value
 
     @field_validator("condition")
     @classmethod

@@ -1,4 +1,4 @@
-"""What a run writes and shows while it trains: log.jsonl and a progress bar."""
+"""The log of a run, log.jsonl, one JSON object a line."""
 
 from __future__ import annotations
 
@@ -8,56 +8,73 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from loco_diffusion.errors import UserError
+
+Record = dict[str, Any]
+"""A line: an `event` ("start", "reference", "validation", or none for a report about steps), the `step` after
+which it was written, the `time` in seconds since 1970, and what the event brings."""
 
 
 class Journal:
-    """The log of a run, one JSON object a line.
+    """The log of a run.
 
     Args:
         path: of log.jsonl; lines of steps after `step` are removed, since a resumed run takes them again.
         step: how many steps are done.
         enabled: False in all processes but the first.
+
+    Attributes:
+        records: all lines, also those of the run that is continued.
+
+    Raises:
+        UserError: it cannot be written, as on a full disk.
     """
 
     def __init__(self, path: Path, step: int, enabled: bool) -> None:
         self.path = path
         self.enabled = enabled
+        self.records = [record for record in read_log(path) if record.get("step", 0) <= step] if step else []
         if enabled:
-            kept = _lines_until(path, step) if step else []
             partial = path.with_name(f".{path.name}.partial")
-            partial.write_text("".join(kept))
-            os.replace(partial, path)
+            try:
+                partial.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+                os.replace(partial, path)
+            except OSError as error:
+                raise self._unwritable(error) from error
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Append a record with the time, in seconds since 1970."""
+    def write(self, record: Record) -> None:
+        """Append a record with the time.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        record = {**record, "time": time.time()}
+        self.records.append(record)
         if self.enabled:
-            with self.path.open("a") as file:
-                file.write(json.dumps({**record, "time": time.time()}) + "\n")
+            try:
+                with self.path.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                raise self._unwritable(error) from error
+
+    def last(self, event: str) -> Record | None:
+        """The newest record of an event."""
+        return next((record for record in reversed(self.records) if record.get("event") == event), None)
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f"The log {self.path} cannot be written ({error.strerror or error}); free space or mend permissions, "
+            "then resume."
+        )
 
 
-def progress_bar(enabled: bool) -> Progress:
-    """On standard error; its tasks may have a field `note`."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True),
-        disable=not enabled,
-    )
-
-
-def _lines_until(path: Path, step: int) -> list[str]:
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [line for line in lines if _step_of(line) <= step]
-
-
-def _step_of(line: str) -> float:
-    """The line's step; infinite for a line that a killed run left unfinished."""
-    try:
-        return json.loads(line).get("step", 0)
-    except ValueError:
-        return float("inf")
+def read_log(path: Path) -> list[Record]:
+    """The records of a log.jsonl; none if there is no such file. A line that a killed run left unfinished is
+    left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records

@@ -72,6 +72,13 @@ class Trainable:
             for name, group in self.groups.items()
         }
 
+    def norms(self) -> dict[str, float]:
+        """The norm of each group; the device is waited for."""
+        return {
+            name: float(torch.stack([p.detach().norm() for p in group]).norm())
+            for name, group in self.groups.items()
+        }
+
     def are_finite(self) -> bool:
         """Whether no parameter is NaN or infinite; the device is waited for."""
         return bool(torch.stack([p.isfinite().all() for p in self.parameters]).all())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import ProjectConfiguration
 from rich.progress import Progress
 from torch import Tensor, nn
 
@@ -18,23 +18,31 @@ from loco_diffusion.adapters.calibration import NUM_BATCHES
 from loco_diffusion.bases import load_base
 from loco_diffusion.conditions import get_condition
 from loco_diffusion.control import Controller, family_of
+from loco_diffusion.data.sources import Source
 from loco_diffusion.errors import UserError
 from loco_diffusion.training.build import build_controller, build_schedule, build_source
+from loco_diffusion.training.card import documents
 from loco_diffusion.training.checkpoints import load_checkpoint, save_checkpoint
 from loco_diffusion.training.config import TrainingConfig
 from loco_diffusion.training.examples import Batch, Examples, Loaded
+from loco_diffusion.training.held_out import split
+from loco_diffusion.training.hub import check_push, push
 from loco_diffusion.training.interruption import Interruption
-from loco_diffusion.training.journal import Journal, progress_bar
+from loco_diffusion.training.journal import read_log
 from loco_diffusion.training.objective import Objective
 from loco_diffusion.training.optimizer import Optimizer
 from loco_diffusion.training.output import OutputFolder
+from loco_diffusion.training.progress import progress_bar
 from loco_diffusion.training.schedules import batch_indices, draws_of
+from loco_diffusion.training.trackers import check_trackers
 from loco_diffusion.training.trainable import Trainable
+from loco_diffusion.training.validation import StopRequested, Validation
+from loco_diffusion.training.watch import Watch
 
 _AGREE_EVERY = 10  # steps between the processes' agreements on a stop request
 
 
-def train(config: TrainingConfig, resume: bool = False) -> Path:
+def train(config: TrainingConfig, resume: str | Path | None = None, push_to: str | None = None) -> Path:
     """Train an adapter; `accelerate launch` makes it several processes.
 
     On the CPU a run that was stopped at any moment and resumed ends bit for bit like an uninterrupted one:
@@ -42,30 +50,31 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
 
     Args:
         config: of the run.
-        resume: continue from the newest checkpoint of `config.output`, if there is one.
+        resume: "latest" to continue from the newest checkpoint of `config.output`, if there is one, or the folder
+            of a checkpoint.
+        push_to: repository of the Hugging Face Hub, OWNER/NAME, that gets the adapter at the end.
 
     Returns:
         The adapter's folder, `<output>/adapter`.
 
     Raises:
         UserError: the configuration asks for something that does not exist or does not fit, the output holds
-            another run, a checkpoint cannot be written, or the loss became NaN or infinite (the last
-            checkpoint is intact then).
+            another run, nobody is logged in to push, something cannot be written, or the loss became NaN or
+            infinite (the last checkpoint is intact then).
         KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, when a checkpoint is written.
     """
-    AcceleratorState._reset_state()  # a second run in this process may want another precision
-    try:
-        accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    except ValueError as error:
-        raise UserError(f"mixed_precision {config.mixed_precision} is impossible here ({error}).") from error
-    source = build_source(config.data)
+    check_trackers(config.log_with)
+    output = OutputFolder(Path(config.output))
+    accelerator = _accelerator(config, output)
+    source, held_out = split(config, build_source(config.data))
     identity = {
         "config": config.model_dump(mode="json"),
         "pictures": len(source),
         "processes": accelerator.num_processes,
     }
-    output = OutputFolder(Path(config.output))
     checkpoint = output.check(identity, resume)
+    if push_to is not None and accelerator.is_main_process:
+        check_push(push_to)
     accelerator.wait_for_everyone()  # all have looked before the first writes
     pipe: Any = load_base(None if config.base == "packaged" else config.base, getattr(torch, config.dtype))
     torch.manual_seed(config.seed)  # of the adapter's initial weights
@@ -90,12 +99,28 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
             training.fit()
         else:
             training.load(checkpoint)
-        training.run(progress)
+        training.run(progress, held_out)
     denoiser.eval()
     if accelerator.is_main_process:
-        controller.save_adapter(output.adapter, config.condition)
+        parameters = sum(training.trainable.sizes.values())
+        papers = documents(config, output, read_log(output.log), controller.base, parameters, push_to)
+        controller.save_adapter(output.adapter, config.condition, papers)
+        if push_to is not None:
+            push(output.adapter, push_to)
     accelerator.wait_for_everyone()
     return output.adapter
+
+
+def _accelerator(config: TrainingConfig, output: OutputFolder) -> Accelerator:
+    AcceleratorState._reset_state()  # a second run in this process may want another precision
+    try:
+        return Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=list(config.log_with) or None,
+            project_config=ProjectConfiguration(str(output.root), logging_dir=str(output.root / "trackers")),
+        )
+    except ValueError as error:
+        raise UserError(f"mixed_precision {config.mixed_precision} is impossible here ({error}).") from error
 
 
 def _move(modules: list[nn.Module], device: torch.device) -> None:
@@ -137,38 +162,54 @@ class _Training:
             batches = (self.examples.encode(self._load_batch(number)) for number in range(NUM_BATCHES))
             self.trainable.fit(self._loss, batches)
 
-    def run(self, progress: Progress) -> None:
-        """Take all steps that are left, with checkpoints, and save the last one."""
-        config, main = self.config, self.accelerator.is_main_process
-        if main:
-            self.output.write_config(config)
-        journal = Journal(self.output.log, self.step, main)
-        task = progress.add_task("Training", total=config.steps, completed=self.step, note="")
-        since, since_step = time.monotonic(), self.step
+    def run(self, progress: Progress, held_out: Source) -> None:
+        """Take all steps that are left, with checkpoints, and save the last one.
+
+        Args:
+            progress: on the terminal.
+            held_out: the pictures that the run is watched by.
+        """
+        if self.accelerator.is_main_process:
+            self.output.remove_leftovers()
+            self.output.write_config(self.config)
         with Interruption() as interruption:
-            if self.step == 0:
-                journal.write({"event": "start", **self._sizes()})
-            for batches in self._steps():
-                loss = self._take_step(batches)
-                self.loss_sum += loss
-                self.losses += 1
-                self.step += 1
-                progress.update(task, completed=self.step)
-                if self.step % config.log_every == 0 or self.step == config.steps:
-                    record = self._report()
-                    took = time.monotonic() - since
-                    record["images_per_second"] = (self.step - since_step) * self._pictures_a_step() / took
-                    since, since_step = time.monotonic(), self.step
-                    journal.write(record)
-                    progress.update(
-                        task, note=f"loss {record['loss']:.4f}, {record['images_per_second']:.1f} images/s"
-                    )
-                stop = self._must_stop(interruption)
-                if stop or self.step % config.checkpoint_every == 0 or self.step == config.steps:
-                    self.save()
-                if stop:
-                    self.accelerator.wait_for_everyone()  # or the launcher ends the one that still writes
-                    interruption.raise_signal()
+            watch = self._watch(progress, held_out, interruption)
+            try:
+                watch.begin(self.step, self._sizes())
+                self._take_steps(watch, interruption)
+            except StopRequested:
+                self._stop(interruption)
+            finally:
+                watch.end()
+
+    def _take_steps(self, watch: Watch, interruption: Interruption) -> None:
+        config = self.config
+        for batches in self._steps():
+            self.loss_sum += self._take_step(batches)
+            self.losses += 1
+            self.step += 1
+            watch.advance(self.step)
+            if self.step % config.log_every == 0 or self.step == config.steps:
+                watch.report(self._report())
+            if self.step % config.checkpoint_every == 0 or self.step == config.steps:
+                self.save()
+            if self.step % _AGREE_EVERY == 0 or self.accelerator.num_processes == 1:
+                self._check_stop(interruption)
+            if watch.is_due(self.step):
+                watch.validate(self.step)
+
+    def _watch(self, progress: Progress, held_out: Source, interruption: Interruption) -> Watch:
+        validation = Validation(
+            self.config,
+            self.accelerator,
+            self.controller,
+            self.examples.pipe,
+            held_out,
+            self.output.samples,
+            lambda: self._check_stop(interruption),
+        )
+        denoiser = self.objective.denoiser
+        return Watch(self.config, self.accelerator, self.output, validation, denoiser, self.step, progress)
 
     def _steps(self) -> Iterator[Iterator[Batch]]:
         """The batches of each step that is left; one is read ahead in another thread."""
@@ -235,20 +276,30 @@ class _Training:
         return {"step": self.step, "loss": loss, **self.optimizer.rates, **norm, **changed}
 
     def _sizes(self) -> dict[str, Any]:
-        pictures, cached = self.identity["pictures"], self.examples.cached
-        return {"trainable": self.trainable.sizes, "pictures": pictures, "cached": cached}
+        own = sum(parameter.numel() for parameter in self.objective.denoiser.parameters())
+        return {
+            "trainable": self.trainable.sizes,
+            "norms": self.trainable.norms(),
+            "base": own - self.trainable.sizes["adapter"],
+            "pictures": self.identity["pictures"],
+            "cached": self.examples.cached,
+            "processes": self.accelerator.num_processes,
+        }
 
-    def _pictures_a_step(self) -> int:
-        return self.config.batch_size * self.config.accumulation * self.accelerator.num_processes
-
-    def _must_stop(self, interruption: Interruption) -> bool:
-        """Whether a signal came; several processes must stop after the same step."""
+    def _check_stop(self, interruption: Interruption) -> None:
+        """Raise StopRequested if a signal came to any process; all must ask at the same point."""
         asked = interruption.signal is not None
-        if self.accelerator.num_processes == 1:
-            return asked
-        if self.step % _AGREE_EVERY:
-            return False
-        return bool(self.accelerator.reduce(torch.tensor(float(asked), device=self.accelerator.device)) > 0)
+        if self.accelerator.num_processes > 1:
+            anywhere = torch.tensor(float(asked), device=self.accelerator.device)
+            asked = bool(self.accelerator.reduce(anywhere) > 0)
+        if asked:
+            raise StopRequested
+
+    def _stop(self, interruption: Interruption) -> None:
+        """Save, and do what the signal does."""
+        self.save()
+        self.accelerator.wait_for_everyone()  # or the launcher ends the one that still writes
+        interruption.raise_signal()
 
     def save(self) -> None:
         """Write a checkpoint, unless this step has one.
