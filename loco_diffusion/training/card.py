@@ -20,15 +20,13 @@ _TEXT = """\
 # {title}
 
 Makes {base_name} follow {condition} maps: an adapter of the method {method} ({route} route), trained with
-[loco_diffusion](https://pypi.org/project/loco-diffusion). The base model's weights are unchanged, and without a
-condition it draws what it draws without the adapter.
+loco_diffusion. The base model's weights are unchanged, and without a condition it draws what it draws without the
+adapter.
 
 {pictures}
 ## How to use it
 
-```bash
-pip install loco-diffusion
-```
+With the package loco-diffusion installed:
 
 ```python
 {snippet}

@@ -37,7 +37,9 @@ def draw_chart(chart: Chart) -> str:
 
     figure = Figure(figsize=(_WIDTH, _HEIGHT))
     axes = figure.subplots()
-    figure.subplots_adjust(left=0.13, right=0.98, bottom=0.17, top=0.89)  # a layout engine takes twice the time
+    figure.subplots_adjust(
+        left=0.17, right=0.98, bottom=0.17, top=0.89
+    )  # a layout engine takes twice the time
     axes.set_title(chart.title, fontsize=10, loc="left")
     for name, curve in chart.curves.items():
         steps, values = zip(*curve, strict=True)
@@ -56,6 +58,7 @@ def draw_chart(chart: Chart) -> str:
     if len(chart.curves) + len(chart.lines) > 1:
         axes.legend(fontsize=8, frameon=False)
     axes.set_xlabel("step", fontsize=8)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -25,7 +25,8 @@ def check_push(hub_id: str) -> None:
             "set HF_TOKEN."
         )
     try:
-        HfApi().create_repo(hub_id, exist_ok=True)
+        HfApi().create_repo(hub_id, exist_ok=True)  # passes for a repository that one may only read, too
+        HfApi().auth_check(hub_id, write=True)
     except Exception as error:  # no connection, no rights, an unknown owner: many types
         raise UserError(
             f"{hub_id} cannot be written on the Hugging Face Hub ({_cause(error)}); check the name, the connection "

@@ -115,6 +115,7 @@ class OutputFolder:
         for folder, pattern in (
             (self.checkpoints, ".*.partial"),
             (self.root, ".*.partial"),
+            (self.samples, ".*.tmp"),
             (self.root, f".{self.adapter.name}.*.new"),
             (self.root, f".{self.adapter.name}.*.old"),
         ):

@@ -20,10 +20,9 @@ def progress_bar(enabled: bool) -> Progress:
     """On standard error; its tasks may have a field `note`."""
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("·"),
         TimeRemainingColumn(),
         TextColumn("left"),
         TextColumn("{task.fields[note]}", style="dim"),
@@ -35,7 +34,7 @@ def progress_bar(enabled: bool) -> Progress:
 def announce(progress: Progress, text: str) -> None:
     """A line that stays above the bars."""
     if not progress.disable:
-        progress.console.print(text, markup=False)
+        progress.console.print(text, markup=False, soft_wrap=not progress.console.is_terminal)
 
 
 def annotate(progress: Progress, task: TaskID, note: str) -> None:

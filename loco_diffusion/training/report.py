@@ -79,23 +79,27 @@ def training_seconds(config: TrainingConfig, records: Sequence[Record]) -> float
     )
 
 
-def _tiles(config: TrainingConfig, records: Sequence[Record]) -> list[tuple[str, str]]:
-    """The numbers at the top: their names and values."""
+def _tiles(config: TrainingConfig, records: Sequence[Record]) -> list[tuple[str, str, str]]:
+    """The numbers at the top: their names, values, and what is to be said of them."""
     reports, start = _reports(records), _start(records)
     tiles = []
     table = score_table(config.condition, records)
     if table:
         score, (now, free, _) = table[0]
-        compared = f" (without control {free:.4g})" if free is not None else ""
-        tiles.append((score.title, f"{now:.4g}{compared}"))
+        compared = "" if free is None else f"without control {free:.3g}"
+        tiles.append((score.title, f"{now:.3g}", compared))
     if reports:
-        tiles.append(("loss", f"{reports[-1]['loss']:.4f}"))
-        tiles.append(("steps", f"{reports[-1]['step']:,} of {config.steps:,}"))
-        tiles.append(("training time", str(timedelta(seconds=round(training_seconds(config, records))))))
-        tiles.append(("images a second", f"{reports[-1]['images_per_second']:.3g}"))
+        tiles.append(("loss", f"{reports[-1]['loss']:.4f}", f"at first {reports[0]['loss']:.4f}"))
+        tiles.append(("steps", f"{reports[-1]['step']:,}", f"of {config.steps:,}"))
+        seconds = round(training_seconds(config, records))
+        speed = f"{reports[-1]['images_per_second']:.3g} images a second"
+        tiles.append(("training time", str(timedelta(seconds=seconds)), speed))
     if start:
-        tiles.append(("trained parameters", f"{sum(start['trainable'].values()):,}"))
-        tiles.append(("pictures", f"{start['pictures']:,}"))
+        total = sum(start["trainable"].values())
+        tiles.append(
+            ("trained parameters", f"{total:,}", f"{100 * total / start['base']:.3g} % of the denoiser's")
+        )
+        tiles.append(("pictures", f"{start['pictures']:,}", config.data.source))
     return tiles
 
 

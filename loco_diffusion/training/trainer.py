@@ -177,10 +177,11 @@ class _Training:
             try:
                 watch.begin(self.step, self._sizes())
                 self._take_steps(watch, interruption)
+                watch.finish()
             except StopRequested:
                 self._stop(interruption)
             finally:
-                watch.end()
+                watch.close()
 
     def _take_steps(self, watch: Watch, interruption: Interruption) -> None:
         config = self.config

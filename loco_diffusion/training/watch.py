@@ -98,13 +98,7 @@ class Watch:
         record = {**record, "images_per_second": speed}
         self.journal.write(record)
         self.trackers.log("train", {k: v for k, v in record.items() if k != "step"}, step)
-        changes = ", ".join(
-            f"{name.removesuffix('_changed')} moved {value:.3g}"
-            for name, value in record.items()
-            if name.endswith("_changed")
-        )
-        note = f"loss {record['loss']:.4f}, {speed:.3g} images/s, {changes}{self._latest_score()}"
-        annotate(self.progress, self.task, note)
+        annotate(self.progress, self.task, f"loss {record['loss']:.4f}, {speed:.3g} images/s")
 
     def validate(self, step: int) -> None:
         """Draw, score and measure, and write the report page.
@@ -112,28 +106,50 @@ class Watch:
         Raises:
             StopRequested: see `Validation.draw`.
         """
-        annotate(self.progress, self.task, "drawing validation pictures ...")
+        note = self.progress.tasks[self.progress.task_ids.index(self.task)].fields["note"]
+        self.progress.update(self.task, note="validating ...")
         scores = self.validation.draw(step)
         turned = turning(self.denoiser, self.config.condition)
         self.journal.write({"event": "validation", "step": step, "scores": scores, **turned})
         self.trackers.log("validation", {**scores, **turned}, step)
         if scores:
             self.trackers.picture("validation/pictures", grid_path(self.output.samples, step), step)
-        if self.accelerator.is_main_process:
-            write_report(self.output, self.config, self.journal.records)
-            annotate(self.progress, self.task, f"validated{self._latest_score()}")
+        if step < self.config.steps:  # else `finish` does
+            self._write_report()
+        announce(self.progress, f"Step {step}: {self._summary(scores, turned)}.")
+        self.progress.update(self.task, note=note)
         self._restart(step)
 
-    def end(self) -> None:
-        """Write what trackers have pending."""
+    def finish(self) -> None:
+        """All steps are done: write the final report page."""
+        self._write_report()
+
+    def close(self) -> None:
+        """Write what trackers have pending, however the run ended."""
         self.trackers.end()
 
-    def _latest_score(self) -> str:
-        newest = self.journal.last("validation")
-        if newest is None or not newest["scores"]:
-            return ""
-        first = SCORES[self.config.condition][0]
-        return f", {first.title} {newest['scores'][first.key]:.4g}"
+    def _write_report(self) -> None:
+        if self.accelerator.is_main_process:
+            write_report(self.output, self.config, self.journal.records)
+
+    def _summary(self, scores: dict[str, float], turned: dict[str, float]) -> str:
+        """A validation in a line."""
+        parts = []
+        if scores:
+            first = SCORES[self.config.condition][0]
+            free = (self.journal.last("reference") or {}).get("without_control", {}).get(first.key)
+            compared = "" if free is None else f" (without control {free:.3g})"
+            parts.append(f"{first.title} {scores[first.key]:.3g}{compared}")
+        if "angle_max" in turned:
+            parts.append(f"angles up to {turned['angle_max']:.3g}°, {turned['angle_mean']:.3g}° on average")
+            parts.append(f"orthogonal to {turned['orthogonality_error']:.1g}")
+        if "singular_value_max" in turned:
+            parts.append(f"singular values up to {turned['singular_value_max']:.3g}")
+        report = next((record for record in reversed(self.journal.records) if "loss" in record), {})
+        for name in report:
+            if name.endswith("_changed"):
+                parts.append(f"{name.removesuffix('_changed')} moved by {report[name]:.3g}")
+        return ", ".join(parts)
 
     def _lacks(self, event: str, step: int | None) -> bool:
         """Whether the log has no such line, as the first process knows it."""
@@ -149,9 +165,10 @@ class Watch:
 def _introduction(config: TrainingConfig, sizes: Record) -> str:
     total = sum(sizes["trainable"].values())
     parts = ", ".join(f"{count:,} in the {name}" for name, count in sizes["trainable"].items())
+    norms = ", ".join(f"{name} {norm:.3g}" for name, norm in sizes["norms"].items())
     cached = "kept in memory" if sizes["cached"] else "encoded in every step"
     return (
         f"Training {config.condition} with {config.adapter.method}: {total:,} parameters ({parts}), "
-        f"{100 * total / sizes['base']:.2g} % of the denoiser's {sizes['base']:,}; {sizes['pictures']:,} pictures, "
-        f"{cached}."
+        f"{100 * total / sizes['base']:.3g} % of the denoiser's {sizes['base']:,}; {sizes['pictures']:,} pictures, "
+        f"{cached}. Norms at the start: {norms}."
     )

@@ -222,7 +222,9 @@ def test_divergence_keeps_the_last_good_checkpoint(make: Any) -> None:
 def test_nothing_is_overwritten(make: Any) -> None:
     config = make(steps=1)
     train(config)
-    with pytest.raises(UserError, match=r"holds checkpoints of an earlier run; continue it with --resume latest"):
+    with pytest.raises(
+        UserError, match=r"holds checkpoints of an earlier run; continue it with --resume latest"
+    ):
         train(config)
     changed = make(steps=1, lr=1e-4, data={"source": "scenes", "count": 6, "size": 32}, log_every=7)
     with pytest.raises(UserError) as caught:
