@@ -34,6 +34,7 @@ def draw_chart(chart: Chart) -> str:
     """The panel as an SVG document."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(_WIDTH, _HEIGHT))
     axes = figure.subplots()
@@ -58,8 +59,8 @@ def draw_chart(chart: Chart) -> str:
     if len(chart.curves) + len(chart.lines) > 1:
         axes.legend(fontsize=8, frameon=False)
     axes.set_xlabel("step", fontsize=8)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.tick_params(labelsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axes.tick_params(which="both", labelsize=8)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     stream = io.StringIO()

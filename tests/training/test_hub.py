@@ -154,4 +154,4 @@ def test_nothing_is_trained_that_cannot_be_pushed(
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
     assert main(["train", str(config), "--push-to-hub", "owner/canny"]) == 2
     assert "Nobody is logged in to the Hugging Face Hub" in capfd.readouterr().err
-    assert not Path("run").exists()
+    assert not list(Path("run").rglob("*"))
