@@ -26,7 +26,7 @@ from loco_diffusion.training.examples import Batch, Examples, Loaded
 from loco_diffusion.training.interruption import Interruption
 from loco_diffusion.training.journal import Journal, progress_bar
 from loco_diffusion.training.objective import Objective
-from loco_diffusion.training.optimizer import Optimizer
+from loco_diffusion.training.optimizer import Optimizer, check_optimizer
 from loco_diffusion.training.output import OutputFolder
 from loco_diffusion.training.schedules import batch_indices, draws_of
 from loco_diffusion.training.trainable import Trainable
@@ -58,6 +58,7 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
         accelerator = Accelerator(mixed_precision=config.mixed_precision)
     except ValueError as error:
         raise UserError(f"mixed_precision {config.mixed_precision} is impossible here ({error}).") from error
+    check_optimizer(config.optimizer)
     source = build_source(config.data)
     identity = {
         "config": config.model_dump(mode="json"),
@@ -72,7 +73,7 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
     controller = build_controller(config, pipe)
     objective = Objective(config, pipe)
     family = family_of(pipe)
-    denoiser = family.denoiser(pipe)
+    denoiser: Any = family.denoiser(pipe)
     modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     frozen = [part for part in modules if part is not denoiser]
     _move(frozen, accelerator.device)
@@ -85,6 +86,8 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
             _move(frozen, torch.device("cpu"))
         _move([denoiser], accelerator.device)
         denoiser.train()
+        if config.gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing()
         training = _Training(config, accelerator, controller, objective, examples, output, identity)
         if checkpoint is None:
             training.fit()
@@ -93,7 +96,8 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
         training.run(progress)
     denoiser.eval()
     if accelerator.is_main_process:
-        controller.save_adapter(output.adapter, config.condition)
+        with training.trainable.averaged():
+            controller.save_adapter(output.adapter, config.condition)
     accelerator.wait_for_everyone()
     return output.adapter
 
@@ -123,7 +127,9 @@ class _Training:
         self.examples = examples
         self.output = output
         self.identity = identity
-        self.trainable = Trainable(controller, config.condition, objective.denoiser, accelerator.device)
+        self.trainable = Trainable(
+            controller, config.condition, objective.denoiser, accelerator.device, config.ema_decay
+        )
         self.optimizer = Optimizer(config, accelerator, self.trainable.groups)
         self.schedule = build_schedule(config, objective.denoiser)
         self.step = 0
@@ -204,6 +210,7 @@ class _Training:
         for batch in batches:
             total += self._backward(batch) / config.accumulation
         self.optimizer.step(self.step)
+        self.trainable.average()
         if self.schedule is not None:
             self.schedule.step()
         return total
@@ -274,10 +281,10 @@ class _Training:
         """
         tensors, state = load_checkpoint(checkpoint)
         try:
-            self.trainable.load(tensors)
+            self.losses, self.step = int(state["losses"]), int(state["step"])
+            self.trainable.load(tensors, self.step)
             self.optimizer.load(tensors, state)
             self.loss_sum = tensors["loss_sum"].to(self.accelerator.device)
-            self.losses, self.step = int(state["losses"]), int(state["step"])
         except (KeyError, RuntimeError) as error:
             raise UserError(f"Checkpoint {checkpoint} does not fit this run ({error}); delete it.") from error
         if self.schedule is not None:
