@@ -11,13 +11,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from loco_diffusion.training.checkpoints import (
-    list_checkpoints,
-    load_checkpoint,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    save_checkpoint,
-)
+from loco_diffusion.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from loco_diffusion.training.optimizer_state import load_optimizer_state, optimizer_tensors
 
 CHECKPOINT_SECONDS = 120
 UNFINISHED = Path(__file__).parent / "unfinished"  # not packaged: trainings on their way between machines
@@ -106,7 +101,7 @@ def _resume(folder: Path, model: torch.nn.Module, optimizers: list[torch.optim.O
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[f"model.{name}"])
     for number, optimizer in enumerate(optimizers):
-        load_optimizer_tensors(optimizer, tensors, f"optimizer{number}")
+        load_optimizer_state(optimizer, tensors, f"optimizer{number}")
     return state["step"]
 
 
