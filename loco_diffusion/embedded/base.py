@@ -198,10 +198,11 @@ def _latents(pipe: FluxPipeline, runs: Path) -> torch.Tensor:
     if path.exists():
         return load_file(path)["latents"]
     pictures, _ = rendered_scenes(TRAIN_SEEDS[:SCENES], runs)
-    parts = [
-        FluxFamily().encode_pictures(pipe, part.float() / 255).half().cpu()
-        for part in track(pictures.split(32), description=f"Encoding {SCENES} scenes")
-    ]
+    with half_precision(pipe.vae.device.type):
+        parts = [
+            FluxFamily().encode_pictures(pipe, part.float() / 255).half().cpu()
+            for part in track(pictures.split(32), description=f"Encoding {SCENES} scenes")
+        ]
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({"latents": torch.cat(parts)}, path)
     return torch.cat(parts)
