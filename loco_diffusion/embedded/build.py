@@ -26,7 +26,7 @@ from loco_diffusion.embedded.depth import build_depth
 from loco_diffusion.embedded.vae import build_vae
 from loco_diffusion.quickstart import CONDITIONS
 
-STEPS = {"vae": 1000, "base": 3900, "depth": 1200}
+STEPS = {"vae": 6000, "base": 3900, "depth": 1200}
 EXAMPLE_SEED = 20_000_033
 
 
