@@ -73,27 +73,27 @@ class SceneClassifier(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def classify(self, pictures: Tensor) -> list[Sighting]:
-        """What pictures (B, 3, H, W) in [0, 1] show; at most MAX_OBJECTS solids, the most certain ones."""
-        centers, kinds, colors, *whole = self(pictures.to(self.device, self.dtype))
-        certainty = centers.sigmoid()
-        peaks = certainty * (nn.functional.max_pool2d(certainty, 3, stride=1, padding=1) == certainty)
-        best, where = peaks.flatten(1).topk(MAX_OBJECTS)
-        kind, color = (logits.argmax(1).flatten(1).gather(1, where).tolist() for logits in (kinds, colors))
-        ground, pattern, sky = (logits.argmax(1).tolist() for logits in whole)
-        columns = (where % centers.shape[2]).tolist()
-        return [
-            Sighting(
-                tuple(
-                    (KINDS[kind[row][slot]], _COLORS[color[row][slot]])
-                    for slot in sorted(range(MAX_OBJECTS), key=columns[row].__getitem__)
-                    if best[row, slot] > FOUND
-                ),
-                _GROUNDS[ground[row]],
-                PATTERNS[pattern[row]],
-                _SKIES[sky[row]],
-            )
-            for row in range(len(pictures))
-        ]
+        """What pictures (B, 3, H, W) in [0, 1] show."""
+        return sightings(*self(pictures.to(self.device, self.dtype)))
+
+
+def sightings(
+    centers: Tensor, kinds: Tensor, colors: Tensor, ground: Tensor, pattern: Tensor, sky: Tensor
+) -> list[Sighting]:
+    """What logits say, see `SceneClassifier.forward`; of more than MAX_OBJECTS solids the most certain ones."""
+    certainty = centers.sigmoid()
+    peaks = certainty * (nn.functional.max_pool2d(certainty, 3, stride=1, padding=1) == certainty)
+    best, where = peaks.flatten(1).topk(MAX_OBJECTS)
+    kind, color = (logits.argmax(1).flatten(1).gather(1, where).tolist() for logits in (kinds, colors))
+    columns = (where % centers.shape[2]).tolist()
+    told = zip(*(logits.argmax(1).tolist() for logits in (ground, pattern, sky)), strict=True)
+    seen = []
+    for row, (ground_number, pattern_number, sky_number) in enumerate(told):
+        found = [slot for slot in range(MAX_OBJECTS) if best[row, slot] > FOUND]
+        found.sort(key=columns[row].__getitem__)
+        solids = tuple((KINDS[kind[row][slot]], _COLORS[color[row][slot]]) for slot in found)
+        seen.append(Sighting(solids, _GROUNDS[ground_number], PATTERNS[pattern_number], _SKIES[sky_number]))
+    return seen
 
 
 def truth(scenes: Sequence[Scene]) -> list[Sighting]:
