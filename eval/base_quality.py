@@ -24,7 +24,7 @@ import typer
 from benchmark import check_writable, describe_environment
 from PIL import Image
 from prompt_accuracy import TITLES, PromptAccuracy
-from report import markdown, number, verdict, write_text
+from report import markdown_table, number, verdict, write_text
 from rich.progress import Progress
 from settings import FOLDER, Bar
 
@@ -185,16 +185,16 @@ def _render(name: str, result: dict[str, Any], captions: Sequence[str]) -> str:
         f"{settings['pictures']} held-out scenes at {PACKAGED_SIZE} px, pictures of their captions in "
         f"{settings['steps']} steps with guidance {settings['guidance']:g}, seed {settings['seed']}.",
         "## Bars",
-        markdown(bars),
+        markdown_table(bars),
         "## What the classifier sees",
-        markdown(accuracy),
+        markdown_table(accuracy),
         "Each solid of a caption is assigned to another seen one so that most is right; one without a partner is "
         "wrong. Of drawn pictures the sky is judged where the classifier sees one, in "
         f"{_percent(scores['drawn']['sky_in_view'])} of them; in the others none being in view is an answer too, "
         f"right in {_percent(1 - scores['scenes']['sky_in_view'])} of the real scenes. Prompt accuracy is the mean "
         "of colours, kinds, ground and sky.",
         "## VAE and depth",
-        markdown(
+        markdown_table(
             [
                 ["what", "value"],
                 ["VAE round trip: PSNR, dB", number(scores["vae"]["psnr"])],

@@ -112,7 +112,7 @@ def _table(
     for row in rows:
         cells = [cell(row, task, score) for task, score in columns]
         lines.append([row["run_info"]["method"], _name(row), *cells])
-    return markdown(lines)
+    return markdown_table(lines)
 
 
 def _ratio_to(reference: Result) -> Callable[[Result, str, Score], str]:
@@ -138,7 +138,7 @@ def _bars(rows: Sequence[Result], reference: Result, protocol: Protocol) -> list
             ratio = value / base
             cells = [task, f"{title} {wanted} × no control", f"{ratio:.3g}", verdict(bar, ratio)]
             lines.append([row["run_info"]["method"], _name(row), *cells])
-    return ["## Bars", markdown(lines)] if len(lines) > 1 else []
+    return ["## Bars", markdown_table(lines)] if len(lines) > 1 else []
 
 
 def verdict(bar: Bar, value: float) -> str:
@@ -160,7 +160,7 @@ def _runs(rows: Sequence[Result]) -> str:
         machine = f"{system['cpu']}, {system['cpu_count']} CPUs, {system['device']}"
         cells = [*counts, f"{size:.2f}" if size else "–", f"{row['run_info']['seconds']:.0f}", machine]
         lines.append([row["run_info"]["method"], _name(row), *cells])
-    return "Parameters and size of one adapter (one a task).\n\n" + markdown(lines)
+    return "Parameters and size of one adapter (one a task).\n\n" + markdown_table(lines)
 
 
 def _range(adapters: Any, key: str) -> str:
@@ -168,8 +168,8 @@ def _range(adapters: Any, key: str) -> str:
     return "–" if not counts else f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,}–{counts[-1]:,}"
 
 
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A table; the first line is its head."""
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first line is its head."""
     head, *body = (f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
     return "\n".join([head, "|" + "---|" * len(lines[0]), *body])
 

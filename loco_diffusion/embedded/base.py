@@ -208,10 +208,11 @@ def scene_latents(pipe: DiffusionPipeline, runs: Path) -> torch.Tensor:
     if path.exists():
         return load_file(path)["latents"]
     pictures, _ = rendered_scenes(TRAIN_SEEDS[:SCENES], runs)
-    parts = [
-        FluxFamily().encode_pictures(pipe, part.float() / 255).half().cpu()
-        for part in track(pictures.split(32), description=f"Encoding {SCENES} scenes")
-    ]
+    with half_precision(pipe.vae.device.type):
+        parts = [
+            FluxFamily().encode_pictures(pipe, part.float() / 255).half().cpu()
+            for part in track(pictures.split(32), description=f"Encoding {SCENES} scenes")
+        ]
     latents = torch.cat(parts).contiguous()  # a VAE may compute channels-last
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({"latents": latents}, path)

@@ -2,12 +2,15 @@
 
 Stages, in the order they need one another: vae, base, unet, depth, classifier, adapters, example. Each can be stopped
 at any moment and started again; it goes on from its last checkpoint. An accelerator is used where there is one.
+`--keep` takes a stopped training to another machine: it writes the weights of its last checkpoint into the folder
+`unfinished`, from which the stage then goes on.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
@@ -24,6 +27,7 @@ from loco_diffusion.embedded import EXAMPLE_PICTURE, EXAMPLE_PROMPT, WEIGHTS, pa
 from loco_diffusion.embedded.base import build_base
 from loco_diffusion.embedded.classifier import build_classifier
 from loco_diffusion.embedded.depth import build_depth
+from loco_diffusion.embedded.loop import keep_unfinished
 from loco_diffusion.embedded.unet_base import build_unet_base
 from loco_diffusion.embedded.vae import build_vae
 from loco_diffusion.quickstart import CONDITIONS
@@ -47,8 +51,12 @@ def main(
     runs: Annotated[Path, typer.Option(help="Checkpoints and rendered scenes.")] = Path("runs/embedded"),
     out: Annotated[Path, typer.Option(help="Where the finished weights go.")] = WEIGHTS,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, if not the recipe's own.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Only keep the last checkpoint's weights.")] = False,
 ) -> None:
     """Build one part of the packaged world."""
+    if keep:
+        sys.stdout.write(f"Wrote {keep_unfinished(runs / stage.value)}\n")
+        return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     count = steps or STEPS.get(stage.value, 0)
     if stage is Stage.vae:

@@ -11,15 +11,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from loco_diffusion.training.checkpoints import (
-    list_checkpoints,
-    load_checkpoint,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    save_checkpoint,
-)
+from loco_diffusion.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from loco_diffusion.training.optimizer_state import load_optimizer_state, optimizer_tensors
 
 CHECKPOINT_SECONDS = 120
+UNFINISHED = Path(__file__).parent / "unfinished"  # not packaged: trainings on their way between machines
 WARMUP, DECAY = 0.02, 0.3  # shares of the run over which the learning rate rises and falls linearly
 
 
@@ -97,7 +93,7 @@ def _save(folder: Path, step: int, model: torch.nn.Module, optimizers: list[torc
 
 
 def _resume(folder: Path, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
-    checkpoints = list_checkpoints(folder)
+    checkpoints = list_checkpoints(folder) or list_checkpoints(UNFINISHED / folder.name)
     if not checkpoints:
         return 0
     tensors, state = load_checkpoint(checkpoints[-1])
@@ -105,5 +101,15 @@ def _resume(folder: Path, model: torch.nn.Module, optimizers: list[torch.optim.O
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[f"model.{name}"])
     for number, optimizer in enumerate(optimizers):
-        load_optimizer_tensors(optimizer, tensors, f"optimizer{number}")
+        load_optimizer_state(optimizer, tensors, f"optimizer{number}")
     return state["step"]
+
+
+def keep_unfinished(folder: Path) -> Path:
+    """Copy the newest checkpoint of `folder` to UNFINISHED: float16 weights, without the optimizers' state.
+
+    A recipe that finds no checkpoint of its own goes on from there, with fresh optimizers.
+    """
+    tensors, state = load_checkpoint(list_checkpoints(folder)[-1])
+    weights = {name: tensor.half() for name, tensor in tensors.items() if name.startswith("model.")}
+    return save_checkpoint(UNFINISHED / folder.name, state["step"], weights, {}, keep=1)

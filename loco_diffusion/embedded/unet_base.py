@@ -62,7 +62,7 @@ def build_unet_base(steps: int, vae: AutoencoderKL, runs: Path, device: str) -> 
             layout = model["layout"](inner.output.flatten(2).mT)
         return loss + LAYOUT_WEIGHT * layout_loss(layout, layouts[chosen].to(device))
 
-    train(runs / "unet_base", model, optimizers(model, lr=1e-3), loss_of_step, steps)
+    train(runs / "unet", model, optimizers(model, lr=1e-3), loss_of_step, steps)
     model.eval()
     return pipe
 

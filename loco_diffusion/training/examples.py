@@ -119,6 +119,7 @@ class Examples:
         self.config = config
         self.source = source
         self.condition = condition
+        self.timesteps = config.timesteps.resolved(family.flow)
         self.family = family
         self.pipe = pipe
         self.device = device
@@ -192,7 +193,7 @@ class Examples:
         count, config = len(indices), self.config
         drop_text = torch.from_numpy(rng.random(count) < config.text_dropout)
         keep = torch.from_numpy(rng.random(count) >= config.condition_dropout)
-        sigmas = sample_sigmas(count, config.timesteps, rng)
+        sigmas = sample_sigmas(count, self.timesteps, rng)
         noise = torch.from_numpy(rng.standard_normal((count, *self._latents_of_one), dtype=np.float32))
         children = rng.spawn(count)
         if self._cache is None:

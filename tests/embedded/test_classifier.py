@@ -109,6 +109,7 @@ def test_two_steps_of_the_recipe_make_a_classifier_that_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn: Rendering
 ) -> None:
     monkeypatch.setattr("loco_diffusion.embedded.pictures._SHARD", 8)
+    monkeypatch.setattr("loco_diffusion.embedded.loop.UNFINISHED", tmp_path)
     monkeypatch.setattr(classifier, "SCENES", 8)
     monkeypatch.setattr(classifier, "BATCH", 4)
     network = classifier.build_classifier(2, tmp_path, "cpu")

@@ -148,6 +148,27 @@ def test_a_resumed_recipe_equals_an_uninterrupted_one(
     assert torch.equal(run(tmp_path / "parts"), whole)
 
 
+def test_a_kept_training_goes_on_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "UNFINISHED", tmp_path / "unfinished")
+
+    def run(folder: Path, steps: int) -> tuple[torch.Tensor, list[int]]:
+        torch.manual_seed(0)
+        model, taken = torch.nn.Linear(4, 3), []
+
+        def loss_of_step(step: int) -> torch.Tensor:
+            taken.append(step)
+            return model(torch.randn(5, 4)).square().mean()
+
+        loop.train(folder, model, [torch.optim.AdamW(model.parameters(), lr=1e-2)], loss_of_step, steps)
+        return model.weight.detach(), taken
+
+    weight, _ = run(tmp_path / "here" / "toy", 3)
+    assert loop.keep_unfinished(tmp_path / "here" / "toy").name == "step-00000003"
+    again, taken = run(tmp_path / "there" / "toy", 3)
+    assert not taken and torch.equal(again, weight.half().float())
+    assert run(tmp_path / "there" / "toy", 5)[1] == [3, 4]
+
+
 def test_rendered_scenes_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loco_diffusion.embedded.pictures._SHARD", 4)
     image, depth = rendered_scenes(range(0, 8), tmp_path)

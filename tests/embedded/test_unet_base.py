@@ -50,6 +50,7 @@ def built(runs: Path) -> StableDiffusionPipeline:
         for module in (base, unet_base):
             patch.setattr(module, "SCENES", SCENES)
         patch.setattr(base, "BATCH", 2)
+        patch.setattr("loco_diffusion.embedded.loop.UNFINISHED", runs)
         first = unet_base.build_unet_base(2, tiny_vae(), runs, "cpu")
         again = unet_base.build_unet_base(2, tiny_vae(), runs, "cpu")  # from its checkpoint
     for one, other in zip(first.unet.parameters(), again.unet.parameters(), strict=True):
