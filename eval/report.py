@@ -80,14 +80,14 @@ def _render(results: Sequence[Result], protocol: Protocol) -> str:
         f"{protocol.steps} steps, guidance {protocol.guidance:g}, seed {protocol.seed}. Errors are on the "
         "scale 0..255; ↑ higher is better, ↓ lower is better.",
         "## Scores",
-        _table(rows, columns, lambda r, task, score: _number(_value(r, task, score.key))),
+        _table(rows, columns, lambda r, task, score: number(_value(r, task, score.key))),
     ]
     if reference is not None:
         parts += ["## Ratio to no control", _table(rows, columns, _ratio_to(reference))]
         parts += _bars(rows, reference, protocol)
     parts += [
         "## Similarity to the original picture",
-        _table(rows, similar, lambda r, task, score: _number(_value(r, task, score.key))),
+        _table(rows, similar, lambda r, task, score: number(_value(r, task, score.key))),
         "## Runs",
         _runs(rows),
         f"Left out, because of fewer pictures, other settings or another base: {', '.join(others)}."
@@ -136,17 +136,17 @@ def _bars(rows: Sequence[Result], reference: Result, protocol: Protocol) -> list
             title = next(score.title for score in SCORES[task] if score.key == bar.score)
             wanted = f"≥ {bar.at_least:.3g}" if bar.at_least is not None else f"≤ {bar.at_most:.3g}"
             ratio = value / base
-            cells = [task, f"{title} {wanted} × no control", f"{ratio:.3g}", _verdict(bar, ratio)]
+            cells = [task, f"{title} {wanted} × no control", f"{ratio:.3g}", verdict(bar, ratio)]
             lines.append([row["run_info"]["method"], _name(row), *cells])
     return ["## Bars", markdown_table(lines)] if len(lines) > 1 else []
 
 
-def _verdict(bar: Bar, ratio: float) -> str:
-    """ "met", or how far the ratio is from its bar, in per cent of the bar."""
-    if bar.at_least is not None and ratio < bar.at_least:
-        return f"missed: {100 * (1 - ratio / bar.at_least):.0f} % too low"
-    if bar.at_most is not None and ratio > bar.at_most:
-        return f"missed: {100 * (ratio / bar.at_most - 1):.0f} % too high"
+def verdict(bar: Bar, value: float) -> str:
+    """ "met", or how far a value is from its bar, in per cent of the bar."""
+    if bar.at_least is not None and value < bar.at_least:
+        return f"missed: {100 * (1 - value / bar.at_least):.0f} % too low"
+    if bar.at_most is not None and value > bar.at_most:
+        return f"missed: {100 * (value / bar.at_most - 1):.0f} % too high"
     return "met"
 
 
@@ -184,7 +184,7 @@ def _value(result: Result, task: str, key: str) -> float | None:
     return value
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     """Three significant digits below 1, four above, without an exponent."""
     if value is None:
         return "–"

@@ -1,9 +1,9 @@
 """Rebuild what the package ships: `python -m loco_diffusion.embedded.build STAGE`.
 
-Stages, in the order they need one another: vae, base, depth, adapters, example. Each can be stopped at any moment
-and started again; it goes on from its last checkpoint. An accelerator is used where there is one. `--keep` takes a
-stopped training to another machine: it writes the weights of its last checkpoint into the folder `unfinished`, from
-which the stage then goes on.
+Stages, in the order they need one another: vae, base, unet, depth, classifier, adapters, example. Each can be stopped
+at any moment and started again; it goes on from its last checkpoint. An accelerator is used where there is one.
+`--keep` takes a stopped training to another machine: it writes the weights of its last checkpoint into the folder
+`unfinished`, from which the stage then goes on.
 """
 
 from __future__ import annotations
@@ -25,19 +25,23 @@ from safetensors.torch import load_file, save_file
 
 from loco_diffusion.embedded import EXAMPLE_PICTURE, EXAMPLE_PROMPT, WEIGHTS, packaged_base
 from loco_diffusion.embedded.base import build_base
+from loco_diffusion.embedded.classifier import build_classifier
 from loco_diffusion.embedded.depth import build_depth
 from loco_diffusion.embedded.loop import keep_unfinished
+from loco_diffusion.embedded.unet_base import build_unet_base
 from loco_diffusion.embedded.vae import build_vae
 from loco_diffusion.quickstart import CONDITIONS
 
-STEPS = {"vae": 6000, "base": 3900, "depth": 1200}
+STEPS = {"vae": 6000, "base": 3900, "unet": 3900, "depth": 1200, "classifier": 2600}
 EXAMPLE_SEED = 20_000_033
 
 
 class Stage(str, Enum):
     vae = "vae"
     base = "base"
+    unet = "unet"
     depth = "depth"
+    classifier = "classifier"
     adapters = "adapters"
     example = "example"
 
@@ -59,18 +63,29 @@ def main(
         vae = build_vae(count, runs, device)
         _replace(runs / "vae" / "final", vae.save_pretrained)
     elif stage is Stage.base:
-        built = runs / "vae" / "final"
-        vae = AutoencoderKL.from_pretrained(built if built.exists() else packaged_base() / "vae")
-        vae.register_to_config(_name_or_path="")  # else the folder of this machine would be packaged
-        pipe = build_base(count, vae, runs, device)
-        _replace(out / "base", pipe.to("cpu", torch.float16).save_pretrained)
+        base = build_base(count, _built_vae(runs), runs, device)
+        _replace(out / "base", base.to("cpu", torch.float16).save_pretrained)
+    elif stage is Stage.unet:
+        unet_base = build_unet_base(count, _built_vae(runs), runs, device)
+        _replace(out / "unet_base", unet_base.to("cpu", torch.float16).save_pretrained)
     elif stage is Stage.depth:
         network, processor = build_depth(count, runs, device)
         _replace(out / "depth", network.to("cpu", torch.float16).save_pretrained, processor.save_pretrained)
+    elif stage is Stage.classifier:
+        classifier = build_classifier(count, runs, device)
+        _replace(out / "classifier", classifier.to("cpu", torch.float16).save_pretrained)
     elif stage is Stage.adapters:
         _build_adapters(runs, out)
     else:
         _draw_example()
+
+
+def _built_vae(runs: Path) -> AutoencoderKL:
+    """The VAE of the stage before, else the packaged one."""
+    built = runs / "vae" / "final"
+    vae = AutoencoderKL.from_pretrained(built if built.exists() else packaged_base() / "vae")
+    vae.register_to_config(_name_or_path="")  # else the folder of this machine would be packaged
+    return vae
 
 
 def _replace(folder: Path, *writers: Callable[[Path], object]) -> None:

@@ -107,7 +107,7 @@ def test_the_untrained_base_predicts_zero_velocity(started_vae: AutoencoderKL) -
 
 def test_layouts_count_what_the_scenes_hold() -> None:
     scenes = [sample_scene(seed) for seed in range(3)]
-    layouts = base._layouts(scenes, 8).float()
+    layouts = base.scene_layouts(scenes, 8).float()
     assert layouts.shape == (3, 64, len(KINDS) + len(COLORS) + 1)
     masks = render(scenes, 32).masks.float()
     for scene, layout, mask in zip(scenes, layouts, masks, strict=True):
