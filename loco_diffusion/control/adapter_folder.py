@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
 
 CONTROL_FILE = "control_config.json"
 ENCODER_FILE = "control_encoder.safetensors"
-_NONE: Mapping[str, bytes] = MappingProxyType({})
 FILES = (METHOD_FILE, ADAPTER_FILE, CONTROL_FILE, ENCODER_FILE)
 DOCUMENTS = ("README.md", "training_config.yaml", "samples.png")
 """What may lie beside them for people: the model card, how it was trained, and what it draws."""
@@ -223,7 +221,7 @@ def check_target(folder: Path) -> None:
         )
 
 
-def write(folder: Path, content: PeftFolder, documents: Mapping[str, bytes] = _NONE) -> Path:
+def write(folder: Path, content: PeftFolder, documents: Mapping[str, bytes] | None = None) -> Path:
     """Write an adapter folder atomically: at any moment it is complete, absent, or what it was before.
 
     Args:
@@ -255,7 +253,7 @@ def write(folder: Path, content: PeftFolder, documents: Mapping[str, bytes] = _N
             if control.encoder:
                 save_file(_portable(control.encoder), partial / ENCODER_FILE, {"format": "pt"})
             (partial / CONTROL_FILE).write_text(control.control.model_dump_json(indent=2) + "\n")
-        for name, document in documents.items():
+        for name, document in (documents or {}).items():
             (partial / name).write_bytes(document)
         if folder.exists():
             os.rename(folder, old)  # a folder that is not empty cannot be replaced in one step

@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import RepoCard
 
+from loco_diffusion.bases import is_packaged
 from loco_diffusion.control.adapter_folder import BaseDescription, portable_name
 from loco_diffusion.training.config import TrainingConfig
 from loco_diffusion.training.journal import Record
@@ -42,6 +43,33 @@ With the package loco-diffusion installed:
 Everything else is in [training_config.yaml](training_config.yaml); `control_config.json` tells the versions of all
 packages, and a sample of the base's weights, by which a wrong base is refused.
 """
+
+_STOCK = """\
+import torch
+from diffusers import DiffusionPipeline
+
+from loco_diffusion import Controller
+from loco_diffusion.conditions import get_condition
+from loco_diffusion.images import fit, load_image
+
+pipe = DiffusionPipeline.from_pretrained("{base}"{revision}, dtype=torch.bfloat16)
+controller = Controller(pipe)
+controller.load_adapter("{adapter}")
+condition = get_condition("{condition}").extract(fit(load_image("photo.png"), {size}, {size}))
+with controller({condition}=condition, strength=1.0):
+    image = pipe(prompt="what the picture shows", height={size}, width={size}).images[0]
+image.save("drawn.png")"""
+
+_PACKAGED = """\
+from loco_diffusion.conditions import get_condition
+from loco_diffusion.generation import open_session
+from loco_diffusion.images import fit, load_image
+
+session = open_session("{base}")  # a stock pipeline, session.pipe, and its Controller
+session.load_adapters({{"{condition}": "{adapter}"}})
+condition = get_condition("{condition}").extract(fit(load_image("photo.png"), {size}, {size}))
+image = session.generate(["what the picture shows"], [0], maps={{"{condition}": condition}})[0]
+image.save("drawn.png")"""
 
 
 def documents(
@@ -113,36 +141,19 @@ def model_card(
 
 def snippet(config: TrainingConfig, base: BaseDescription, hub_id: str | None) -> str:
     """A program that draws with the adapter."""
-    size = config.data.size
-    dtype = "float32" if config.base == "packaged" else "bfloat16"
-    if config.base == "packaged":
-        imports, load = (
-            "from loco_diffusion.embedded import load_packaged_pipeline",
-            "load_packaged_pipeline()",
-        )
-    else:
-        revision = f', revision="{base.revision}"' if base.revision else ""
-        imports = "from diffusers import DiffusionPipeline"
-        load = f'DiffusionPipeline.from_pretrained("{base.name_or_path}"{revision}, dtype=torch.{dtype})'
-    first = "" if config.base == "packaged" else "import torch\n"
-    return f"""{first}{imports}
-
-from loco_diffusion import Controller
-from loco_diffusion.conditions import get_condition
-from loco_diffusion.images import fit, load_image
-
-pipe = {load}
-controller = Controller(pipe)
-controller.load_adapter("{hub_id or "path/to/this/folder"}")
-condition = get_condition("{config.condition}").extract(fit(load_image("photo.png"), {size}, {size}))
-with controller({config.condition}=condition, strength=1.0):
-    image = pipe(prompt="what the picture shows", height={size}, width={size}).images[0]
-image.save("drawn.png")"""
+    values = {
+        "condition": config.condition,
+        "size": config.data.size,
+        "base": config.base if is_packaged(config.base) else base.name_or_path,
+        "revision": f', revision="{base.revision}"' if base.revision else "",
+        "adapter": hub_id or "path/to/this/folder",
+    }
+    return (_PACKAGED if is_packaged(config.base) else _STOCK).format(**values)
 
 
 def _name(config: TrainingConfig, base: BaseDescription) -> str:
-    if config.base == "packaged":
-        return "loco_diffusion's packaged base"
+    if is_packaged(config.base):
+        return "the base model that comes with loco_diffusion"
     return base.name_or_path or base.denoiser
 
 

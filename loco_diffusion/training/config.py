@@ -206,8 +206,24 @@ class TrainingConfig(Settings):
     steps: int = Field(ge=1, description="Optimizer steps.")
     batch_size: int = Field(default=32, ge=1, description="Pictures a process and backward pass.")
     accumulation: int = Field(default=1, ge=1, description="Backward passes an optimizer step.")
-    lr: float = Field(default=3e-3, gt=0, description="Peak learning rate of the adapter.")
-    encoder_lr: float = Field(default=1e-3, gt=0, description="Peak learning rate of the condition encoder.")
+    optimizer: Literal["adamw", "adamw8bit", "prodigy"] = Field(
+        default="adamw",
+        description="AdamW; with its moments in 8 bits (of bitsandbytes); or Prodigy, which finds the learning "
+        "rate itself (of prodigyopt; Mishchenko and Defazio 2023, arXiv 2306.06101).",
+    )
+    lr: float = Field(
+        default=3e-3,
+        gt=0,
+        description="Peak learning rate of the adapter; for prodigy a factor on its own estimate, 1 by default.",
+    )
+    encoder_lr: float = Field(
+        default=1e-3, gt=0, description="Peak learning rate of the condition encoder; for prodigy as lr."
+    )
+    lr_scheduler: Literal["trapezoid", "constant", "linear", "cosine"] = Field(
+        default="trapezoid",
+        description="Learning rates after the warmup: constant and then falling linearly, or as diffusers has them: "
+        "constant, or falling to 0 linearly or along a cosine.",
+    )
     warmup_steps: int = Field(
         default=0, ge=0, description="Steps over which learning rates rise linearly from 0."
     )
@@ -215,14 +231,29 @@ class TrainingConfig(Settings):
         default=0.2,
         ge=0,
         le=1,
-        description="Last share of the steps, over which learning rates fall linearly to 0.",
+        description="Of trapezoid: last share of the steps, over which learning rates fall linearly to 0.",
     )
     weight_decay: float = Field(
-        default=0.0, ge=0, description="AdamW's, on the adapter; on rotations it would pull angles to 0."
+        default=0.0,
+        ge=0,
+        description="The optimizer's, on the adapter; on rotations it would pull angles to 0.",
     )
-    encoder_weight_decay: float = Field(default=0.01, ge=0, description="AdamW's, on the condition encoder.")
+    encoder_weight_decay: float = Field(
+        default=0.01, ge=0, description="The optimizer's, on the condition encoder."
+    )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        default=(0.9, 0.999), description="AdamW's decay rates of its two moments."
+        default=(0.9, 0.999), description="The optimizer's decay rates of its two moments."
+    )
+    ema_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="To save, and validate, a moving average of what is trained: how much of it stays in a step, such "
+        "as 0.999; less in the first ones.",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Whether blocks of the denoiser are computed again in the backward pass, which saves memory.",
     )
     max_grad_norm: float = Field(
         default=1.0, gt=0, description="Gradients are clipped to this norm, all together."
@@ -274,6 +305,22 @@ class TrainingConfig(Settings):
             if name not in known:
                 raise ValueError(f"there is no tracker {name!r}; choose from {', '.join(known)}")
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rates_of_prodigy(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and fields.get("optimizer") == "prodigy":
+            return {"lr": 1.0, "encoder_lr": 1.0, **fields}
+        return fields
+
+    @model_validator(mode="after")
+    def _one_rate_for_prodigy(self) -> TrainingConfig:
+        if self.optimizer == "prodigy" and self.lr != self.encoder_lr:
+            raise ValueError(
+                f"prodigy has one learning rate for all, but lr is {self.lr:g} and encoder_lr {self.encoder_lr:g}; "
+                "leave both out"
+            )
+        return self
 
     @field_validator("condition")
     @classmethod

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from loco_diffusion.training.checkpoints import load_optimizer_tensors, optimizer_tensors
+from loco_diffusion.errors import UserError
 from loco_diffusion.training.config import TrainingConfig
-from loco_diffusion.training.schedules import learning_rate_factor
+from loco_diffusion.training.optimizer_state import (
+    load_optimizer_state,
+    optimizer_numbers,
+    optimizer_tensors,
+)
+from loco_diffusion.training.schedules import learning_rate_schedule
+
+_PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
+
+
+def check_optimizer(name: str) -> None:
+    """Raise UserError if the package of an optimizer is not installed, or does not work here."""
+    package = _PACKAGES.get(name)
+    try:
+        if package is not None:
+            import_module(package)
+    except Exception as error:  # a wrong CUDA has other types than ImportError
+        raise UserError(
+            f"optimizer {name} needs {package}, which cannot be imported ({error}); pip install {package}, or use "
+            "optimizer adamw."
+        ) from error
 
 
 class Optimizer:
-    """AdamW with a learning rate and a weight decay of its own for each group.
+    """AdamW or a relative, with a learning rate and a weight decay of its own for each group.
 
     Args:
         config: of the run.
@@ -31,21 +52,22 @@ class Optimizer:
         self.config = config
         self.accelerator = accelerator
         self.groups = groups
-        self.optimizer = accelerator.prepare(self._adamw())
+        self.optimizer = accelerator.prepare(self._build())
+        self.factor = learning_rate_schedule(config)
         self.grad_norm = torch.zeros((), device=accelerator.device)
 
     @property
     def rates(self) -> dict[str, float]:
-        """The learning rates now, under `lr` and `encoder_lr`."""
+        """The learning rates now, under `lr` and `encoder_lr`; Prodigy's as it estimates them."""
         return {
-            "lr" if name == "adapter" else "encoder_lr": group["lr"]
+            "lr" if name == "adapter" else "encoder_lr": group["lr"] * group.get("d", 1.0)
             for name, group in zip(self.groups, self.optimizer.param_groups, strict=True)
         }
 
     def step(self, number: int) -> None:
         """Take the step of that number (0-based) with the gradients that are there, and drop them."""
         config = self.config
-        factor = learning_rate_factor(number, config.steps, config.warmup_steps, config.decay)
+        factor = self.factor(number)
         for name, group in zip(self.groups, self.optimizer.param_groups, strict=True):
             group["lr"] = factor * (config.lr if name == "adapter" else config.encoder_lr)
         self._average_gradients()
@@ -60,7 +82,10 @@ class Optimizer:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it in JSON."""
         scaler = self.accelerator.scaler
-        return {"scaler": scaler.state_dict() if scaler else {}}
+        return {
+            "optimizer": optimizer_numbers(self.optimizer.optimizer),
+            "scaler": scaler.state_dict() if scaler else {},
+        }
 
     def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Undo `tensors` and `state`.
@@ -68,7 +93,7 @@ class Optimizer:
         Raises:
             KeyError, RuntimeError: they are of another optimizer.
         """
-        load_optimizer_tensors(self.optimizer.optimizer, tensors, "optimizer")
+        load_optimizer_state(self.optimizer.optimizer, tensors, "optimizer", state.get("optimizer"))
         if self.accelerator.scaler is not None and state.get("scaler"):
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -76,13 +101,23 @@ class Optimizer:
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.groups.values() for parameter in group]
 
-    def _adamw(self) -> torch.optim.Optimizer:
+    def _build(self) -> torch.optim.Optimizer:
         config = self.config
+        check_optimizer(config.optimizer)
         settings = {
             "adapter": {"lr": config.lr, "weight_decay": config.weight_decay},
             "encoder": {"lr": config.encoder_lr, "weight_decay": config.encoder_weight_decay},
         }
         groups = [{"params": group, **settings[name]} for name, group in self.groups.items()]
+        if config.optimizer == "adamw8bit":
+            from bitsandbytes.optim import AdamW8bit
+
+            return AdamW8bit(groups, betas=config.betas)
+        if config.optimizer == "prodigy":
+            from prodigyopt import Prodigy
+
+            # Both as its authors advise for diffusion models.
+            return Prodigy(groups, betas=config.betas, use_bias_correction=True, safeguard_warmup=True)
         fused = self.accelerator.device.type in ("cpu", "cuda")  # one kernel instead of ten a tensor
         return torch.optim.AdamW(groups, betas=config.betas, fused=fused)
 

@@ -13,7 +13,7 @@ import yaml
 from loco_diffusion.errors import UserError
 from loco_diffusion.training.checkpoints import list_checkpoints, load_state
 from loco_diffusion.training.config import TrainingConfig, make_config
-from loco_diffusion.training.schedules import learning_rate_factor
+from loco_diffusion.training.schedules import learning_rate_schedule
 
 FREE_FIELDS = frozenset(
     {
@@ -186,11 +186,13 @@ def _same_past(old: TrainingConfig, new: TrainingConfig, done: int) -> bool:
     """Whether the steps that are done were taken as they would have been with the new total of steps."""
     if new.adapter.method == "loca":  # when it learns locations depends on the total
         return False
-    factors = (
-        [learning_rate_factor(step, total, old.warmup_steps, old.decay) for step in range(done)]
-        for total in (old.steps, new.steps)
+    if done > new.steps:
+        return False
+    before, now = (
+        learning_rate_schedule(old),
+        learning_rate_schedule(old.model_copy(update={"steps": new.steps})),
     )
-    return done <= new.steps and next(factors) == next(factors)
+    return all(before(step) == now(step) for step in range(done))
 
 
 def _shown(values: dict[str, Any], name: str) -> str:

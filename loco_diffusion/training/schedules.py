@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
 import torch
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor
 
-from loco_diffusion.training.config import TimestepSettings
+from loco_diffusion.training.config import TimestepSettings, TrainingConfig
 
 _ORDER, _DRAWS = 1, 2  # keep the random streams of one seed apart
 
 
-def learning_rate_factor(step: int, steps: int, warmup_steps: int, decay: float) -> float:
-    """Share of the peak learning rate in `step` (0-based): rises linearly, stays at 1, falls linearly to 0.
+def learning_rate_schedule(config: TrainingConfig) -> Callable[[int], float]:
+    """The share of the peak learning rate by the step's number (0-based), as `config.lr_scheduler` says."""
+    if config.lr_scheduler == "trapezoid":
+        return lambda step: _trapezoid(step, config.steps, config.warmup_steps, config.decay)
+    name = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
+    nothing = torch.optim.SGD([torch.zeros(())], lr=1.0)  # only the function of the step is wanted
+    scheduler = get_scheduler(
+        name, nothing, num_warmup_steps=config.warmup_steps, num_training_steps=config.steps
+    )
+    factor: Callable[[int], float] = scheduler.lr_lambdas[0]
+    return factor
+
+
+def _trapezoid(step: int, steps: int, warmup_steps: int, decay: float) -> float:
+    """Rises linearly, stays at 1, falls linearly to 0.
 
     The first step has 1/warmup_steps; the step after the last would have 0.
     """

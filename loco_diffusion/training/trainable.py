@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate.utils import broadcast
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from loco_diffusion.adapters.calibration import fit_supports, layers_to_fit
@@ -21,12 +23,20 @@ class Trainable:
         name: of the adapter.
         denoiser: which it is in.
         device: where the parameters go, and stay.
+        ema_decay: to keep a moving average of the parameters, too, which starts where they start.
 
     Attributes:
         groups: the parameters; no group is empty.
     """
 
-    def __init__(self, controller: Controller, name: str, denoiser: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self,
+        controller: Controller,
+        name: str,
+        denoiser: nn.Module,
+        device: torch.device,
+        ema_decay: float | None = None,
+    ) -> None:
         self.name = name
         self.denoiser = denoiser
         groups = controller.trainable_parameters(name)
@@ -34,6 +44,7 @@ class Trainable:
         for parameter in self.parameters:  # the optimizer wants them where they will stay
             parameter.data = parameter.data.to(device)
         self._initial = self._copies()
+        self._ema = None if ema_decay is None else EMAModel(self.parameters, ema_decay, foreach=True)
         self._fitted: dict[str, Tensor] = {}  # what `fit` made of the adapter; no seed gives it again
 
     @property
@@ -60,6 +71,25 @@ class Trainable:
         weights = layers.weights_of(self.denoiser, self.name)
         # Each process has seen its own examples.
         self._begin_at({path: broadcast(tensor.contiguous()).clone() for path, tensor in weights.items()})
+
+    def average(self) -> None:
+        """Let the moving average, if there is one, follow a step."""
+        if self._ema is not None:
+            self._ema.step(self.parameters)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """In the block the parameters are their moving average, if there is one."""
+        if self._ema is None:
+            yield
+            return
+        kept = [parameter.detach().clone() for parameter in self.parameters]
+        # Not the average's own methods for this: they hide the change from what is computed of weights and kept.
+        self._set(self._ema.shadow_params)
+        try:
+            yield
+        finally:
+            self._set(kept)
 
     def changes(self) -> dict[str, float]:
         """The norm of each group's change since the start; the device is waited for."""
@@ -88,11 +118,16 @@ class Trainable:
         tensors: dict[str, Tensor] = {}
         for name, group in self.groups.items():
             tensors |= {f"{name}.{i}": parameter for i, parameter in enumerate(group)}
+        if self._ema is not None:
+            tensors |= {f"ema.{i}": average for i, average in enumerate(self._ema.shadow_params)}
         return tensors | {f"fitted.{name}": tensor for name, tensor in self._fitted.items()}
 
-    @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor]) -> None:
+    def load(self, tensors: dict[str, Tensor], step: int) -> None:
         """Undo `tensors`.
+
+        Args:
+            tensors: of a checkpoint.
+            step: how many steps were taken until then.
 
         Raises:
             KeyError, RuntimeError: they are of other parameters.
@@ -100,14 +135,24 @@ class Trainable:
         fitted = {n.removeprefix("fitted."): t for n, t in tensors.items() if n.startswith("fitted.")}
         if fitted:
             self._begin_at(fitted)
-        for name, group in self.groups.items():
-            for i, parameter in enumerate(group):
-                parameter.copy_(tensors[f"{name}.{i}"])
+        self._set([tensors[f"{name}.{i}"] for name, group in self.groups.items() for i in range(len(group))])
+        if self._ema is not None:
+            for i, average in enumerate(self._ema.shadow_params):
+                average.copy_(tensors[f"ema.{i}"])
+            self._ema.optimization_step = step
 
     def _begin_at(self, fitted: dict[str, Tensor]) -> None:
         layers.set_weights(self.denoiser, self.name, fitted)
         self._fitted = fitted
         self._initial = self._copies()
+        if self._ema is not None:
+            for average, parameter in zip(self._ema.shadow_params, self.parameters, strict=True):
+                average.copy_(parameter.detach())
+
+    @torch.no_grad()
+    def _set(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
 
     def _copies(self) -> dict[str, list[Tensor]]:
         return {name: [p.detach().clone() for p in group] for name, group in self.groups.items()}

@@ -30,7 +30,7 @@ from loco_diffusion.training.hub import check_push, push
 from loco_diffusion.training.interruption import Interruption
 from loco_diffusion.training.journal import read_log
 from loco_diffusion.training.objective import Objective
-from loco_diffusion.training.optimizer import Optimizer
+from loco_diffusion.training.optimizer import Optimizer, check_optimizer
 from loco_diffusion.training.output import OutputFolder
 from loco_diffusion.training.progress import progress_bar
 from loco_diffusion.training.schedules import batch_indices, draws_of
@@ -65,6 +65,7 @@ def train(config: TrainingConfig, resume: str | Path | None = None, push_to: str
     """
     check_trackers(config.log_with)
     output = OutputFolder(Path(config.output))
+    check_optimizer(config.optimizer)
     accelerator = _accelerator(config, output)
     source, held_out = split(config, build_source(config.data))
     identity = {
@@ -76,12 +77,12 @@ def train(config: TrainingConfig, resume: str | Path | None = None, push_to: str
     if push_to is not None and accelerator.is_main_process:
         check_push(push_to)
     accelerator.wait_for_everyone()  # all have looked before the first writes
-    pipe: Any = load_base(None if config.base == "packaged" else config.base, getattr(torch, config.dtype))
+    pipe: Any = load_base(config.base, getattr(torch, config.dtype))
     torch.manual_seed(config.seed)  # of the adapter's initial weights
     controller = build_controller(config, pipe)
     objective = Objective(config, pipe)
     family = family_of(pipe)
-    denoiser = family.denoiser(pipe)
+    denoiser: Any = family.denoiser(pipe)
     modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     frozen = [part for part in modules if part is not denoiser]
     _move(frozen, accelerator.device)
@@ -94,6 +95,8 @@ def train(config: TrainingConfig, resume: str | Path | None = None, push_to: str
             _move(frozen, torch.device("cpu"))
         _move([denoiser], accelerator.device)
         denoiser.train()
+        if config.gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing()
         training = _Training(config, accelerator, controller, objective, examples, output, identity)
         if checkpoint is None:
             training.fit()
@@ -104,7 +107,8 @@ def train(config: TrainingConfig, resume: str | Path | None = None, push_to: str
     if accelerator.is_main_process:
         parameters = sum(training.trainable.sizes.values())
         papers = documents(config, output, read_log(output.log), controller.base, parameters, push_to)
-        controller.save_adapter(output.adapter, config.condition, papers)
+        with training.trainable.averaged():
+            controller.save_adapter(output.adapter, config.condition, papers)
         if push_to is not None:
             push(output.adapter, push_to)
     accelerator.wait_for_everyone()
@@ -148,7 +152,9 @@ class _Training:
         self.examples = examples
         self.output = output
         self.identity = identity
-        self.trainable = Trainable(controller, config.condition, objective.denoiser, accelerator.device)
+        self.trainable = Trainable(
+            controller, config.condition, objective.denoiser, accelerator.device, config.ema_decay
+        )
         self.optimizer = Optimizer(config, accelerator, self.trainable.groups)
         self.schedule = build_schedule(config, objective.denoiser)
         self.step = 0
@@ -175,7 +181,8 @@ class _Training:
         with Interruption() as interruption:
             watch = self._watch(progress, held_out, interruption)
             try:
-                watch.begin(self.step, self._sizes())
+                with self.trainable.averaged():
+                    watch.begin(self.step, self._sizes())
                 self._take_steps(watch, interruption)
                 watch.finish()
             except StopRequested:
@@ -197,7 +204,8 @@ class _Training:
             if self.step % _AGREE_EVERY == 0 or self.accelerator.num_processes == 1:
                 self._check_stop(interruption)
             if watch.is_due(self.step):
-                watch.validate(self.step)
+                with self.trainable.averaged():
+                    watch.validate(self.step)
 
     def _watch(self, progress: Progress, held_out: Source, interruption: Interruption) -> Watch:
         validation = Validation(
@@ -246,6 +254,7 @@ class _Training:
         for batch in batches:
             total += self._backward(batch) / config.accumulation
         self.optimizer.step(self.step)
+        self.trainable.average()
         if self.schedule is not None:
             self.schedule.step()
         return total
@@ -326,10 +335,10 @@ class _Training:
         """
         tensors, state = load_checkpoint(checkpoint)
         try:
-            self.trainable.load(tensors)
+            self.losses, self.step = int(state["losses"]), int(state["step"])
+            self.trainable.load(tensors, self.step)
             self.optimizer.load(tensors, state)
             self.loss_sum = tensors["loss_sum"].to(self.accelerator.device)
-            self.losses, self.step = int(state["losses"]), int(state["step"])
         except (KeyError, RuntimeError) as error:
             raise UserError(f"Checkpoint {checkpoint} does not fit this run ({error}); delete it.") from error
         if self.schedule is not None:

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from loco_diffusion.adapters.inspection import inspect
+from loco_diffusion.bases import is_packaged
 from loco_diffusion.conditions import get_condition
 from loco_diffusion.control import Controller, layers
 from loco_diffusion.control.family import Pipeline
@@ -66,7 +67,7 @@ class Validation:
         self.accelerator = accelerator
         self.folder = folder
         self.check_stop = check_stop
-        self.session = Session(pipe, default_sampling(pipe, config.base == "packaged"), controller)
+        self.session = Session(pipe, default_sampling(pipe, is_packaged(config.base)), controller)
         self.sampling = self.session.sampling(size, size, settings.steps, settings.guidance)
         numbers = range(min(settings.pictures, len(source)))
         self.originals = [

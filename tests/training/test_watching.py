@@ -23,10 +23,12 @@ from loco_diffusion.adapters.inspection import inspect
 from loco_diffusion.control import adapter_folder
 from loco_diffusion.data.render import render
 from loco_diffusion.data.scenes import VALIDATION_SEEDS, sample_scene
+from loco_diffusion.embedded import packaged_adapter
 from loco_diffusion.errors import UserError
 from loco_diffusion.generation import Sampling, open_session
 from loco_diffusion.images import to_pil
 from loco_diffusion.scoring import TaskScores
+from loco_diffusion.training.card import snippet
 from loco_diffusion.training.config import TrainingConfig, make_config
 from loco_diffusion.training.held_out import split
 from loco_diffusion.training.journal import read_log
@@ -188,6 +190,19 @@ def test_the_card_tells_all_and_its_program_runs(
     monkeypatch.chdir(tmp_path)
     runpy.run_path("program.py")
     assert Image.open("drawn.png").size == (32, 32)
+
+
+def test_the_program_for_a_packaged_base_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config({"condition": "canny", "output": "x", "steps": 1, "data": {"source": "scenes"}})
+    base = adapter_folder.read(packaged_adapter("canny")).control.base
+    program = snippet(config, base, None)
+    (tmp_path / "path" / "to" / "this").mkdir(parents=True)
+    (tmp_path / "path" / "to" / "this" / "folder").symlink_to(packaged_adapter("canny"))
+    Image.new("RGB", (50, 40), (200, 30, 30)).save(tmp_path / "photo.png")
+    (tmp_path / "program.py").write_text(program)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path("program.py")
+    assert Image.open("drawn.png").size == (128, 128)
 
 
 def test_pictures_are_held_out_of_data_that_is_not_drawn(tmp_path: Path) -> None:
