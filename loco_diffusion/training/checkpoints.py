@@ -37,10 +37,7 @@ def save_checkpoint(
         whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         save_file(whole, partial / "tensors.safetensors")
         (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
-        for path in (
-            *partial.iterdir(),
-            partial,
-        ):  # also a machine that loses power has them whole, or not at all
+        for path in (*partial.iterdir(), partial):  # before the name: power may be lost, too
             _flush(path)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
