@@ -11,7 +11,9 @@ import torch
 from killed_runs import KILLED, REFUSED, Moment, kill_when, train_in_process
 from safetensors.torch import load_file
 
+from loco_diffusion.errors import UserError
 from loco_diffusion.training.checkpoints import list_checkpoints, load_checkpoint
+from loco_diffusion.training.journal import Journal
 
 _FIELDS: dict[str, Any] = {
     "condition": "canny",
@@ -83,14 +85,25 @@ def test_a_full_disk_leaves_the_last_checkpoint(flux_folder: Path, tmp_path: Pat
     after_two = kill_when(lambda: _newest(output) == 2)
     assert train_in_process(full, meanwhile=after_two) == KILLED
     size = (output / "checkpoints" / "step-00000002" / "tensors.safetensors").stat().st_size
-    for room, file in ((size // 2, "checkpoints/step-00000004"), (300, "config.yaml")):
-        assert train_in_process(full, largest_file=room) == REFUSED
-        error = (tmp_path / "b.error").read_text()
-        assert f"{file} cannot be written (" in error and "File too large" in error and "then resume" in error
-        assert _newest(output) == 2 and not (output / "adapter").exists()
-        load_checkpoint(list_checkpoints(output / "checkpoints")[0])
+    assert train_in_process(full, largest_file=size // 2) == REFUSED
+    error = (tmp_path / "b.error").read_text()
+    assert "step-00000004 cannot be written (" in error and "File too large" in error
+    assert _newest(output) == 2 and not (output / "adapter").exists()
+    load_checkpoint(list_checkpoints(output / "checkpoints")[0])
     assert train_in_process(full) == 0
     _assert_equal(tmp_path / "a", output)
+
+
+def test_a_log_on_a_full_device_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    journal = Journal(path, 0, enabled=True)
+    journal.write({"step": 1})
+    path.unlink()
+    path.symlink_to("/dev/full")
+    with pytest.raises(
+        UserError, match=r"log.jsonl cannot be written \(No space left on device\); free space"
+    ):
+        journal.write({"step": 2})
 
 
 def _newest(output: Path) -> int:
