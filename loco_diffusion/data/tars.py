@@ -60,8 +60,9 @@ class TarSource:
             raise UserError(f"{path} holds no pictures; name tars in which a.jpg lies beside a.txt.")
         self._caption = caption
         self._map = condition_map
-        self._pictures = [_picture_of(sample, picture, condition_map) for sample in self._samples]
+        self._pictures: list[str] = []
         for sample in self._samples:
+            self._pictures.append(_picture_of(sample, picture, condition_map))
             for member in (caption, condition_map):
                 if member is not None and member not in sample.members:
                     raise _lacks(sample, member)

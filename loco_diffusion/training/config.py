@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from loco_diffusion.errors import UserError
-from loco_diffusion.training.data_config import DATA_SOURCES, Data, ScenesData, Settings
+from loco_diffusion.training.data_config import DATA_SOURCES, Data, DatasetData, ScenesData, Settings
 from loco_diffusion.training.options import condition_with, peft_config
 
 if typing.TYPE_CHECKING:
@@ -195,8 +195,10 @@ class TrainingConfig(Settings):
         return get_condition(value).name
 
     @model_validator(mode="after")
-    def _options_fit_the_condition(self) -> TrainingConfig:
+    def _parts_fit_together(self) -> TrainingConfig:
         self.make_condition()
+        if isinstance(self.data, DatasetData) and self.data.streaming and self.cache_folder is not None:
+            raise ValueError("a stream is not cached; remove cache_folder or data.streaming")
         return self
 
     def make_condition(self) -> Condition:
@@ -255,7 +257,7 @@ def config_help() -> str:
 
 
 def _help_lines(model: type[BaseModel], indent: str) -> typing.Iterator[str]:
-    for name, field in model.model_fields.items():
+    for name, field in sorted(model.model_fields.items(), key=lambda item: item[0] != "source"):
         default = field.get_default(call_default_factory=True)
         nested = [part for part in _members(field.annotation) if _is_settings(part)]
         if typing.get_origin(field.annotation) is Literal and field.is_required():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loco_diffusion.data.framing import Framing, bucket_sizes
 
@@ -50,6 +50,15 @@ class PictureData(Settings):
         default=False,
         description="Exchange left and right in half of the examples; not for captions that tell left from right.",
     )
+
+    @model_validator(mode="after")
+    def _there_are_other_sizes(self) -> PictureData:
+        if self.max_aspect_ratio > 1 and len(self.framing.sizes) == 1:
+            raise ValueError(
+                f"with aspect_step {self.aspect_step} no size near {self.size}x{self.size} has an aspect ratio "
+                f"up to {self.max_aspect_ratio:g}; lower aspect_step or raise max_aspect_ratio"
+            )
+        return self
 
     @property
     def framing(self) -> Framing:

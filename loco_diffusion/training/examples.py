@@ -163,10 +163,9 @@ class Examples:
     @property
     def models(self) -> list[nn.Module]:
         """What of the pipeline, beside the denoiser, every step needs."""
-        if self.caches.text is None:
-            return [self.pipe.vae, *self.encoding.text_encoders.values()]
         maps_need_vae = self.encoding.input == "latents" and self.map_kind != "tokens"
-        return [self.pipe.vae] if self.caches.latents is None or maps_need_vae else []
+        vae = [self.pipe.vae] if self.caches.latents is None or maps_need_vae else []
+        return vae + (list(self.encoding.text_encoders.values()) if self.caches.text is None else [])
 
     def load(self, number: int) -> Loaded:
         """Read the pictures of a batch (0-based) and draw its random numbers; needs no model.
