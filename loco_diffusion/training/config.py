@@ -12,6 +12,7 @@ from pydantic import (
     BaseModel,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -194,23 +195,26 @@ class TrainingConfig(Settings):
 
         return get_condition(value).name
 
+    @field_validator("condition_options")
+    @classmethod
+    def _options_fit_the_condition(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        from loco_diffusion.conditions import get_condition
+
+        if "condition" in info.data:  # it is a known one
+            condition_with(get_condition(info.data["condition"]), value)
+        return value
+
     @model_validator(mode="after")
-    def _parts_fit_together(self) -> TrainingConfig:
-        self.make_condition()
+    def _streams_are_not_cached(self) -> TrainingConfig:
         if isinstance(self.data, DatasetData) and self.data.streaming and self.cache_folder is not None:
             raise ValueError("a stream is not cached; remove cache_folder or data.streaming")
         return self
 
     def make_condition(self) -> Condition:
-        """The condition with its options.
-
-        Raises:
-            ValueError: it does not accept the options.
-        """
+        """The condition with its options."""
         from loco_diffusion.conditions import get_condition
 
-        condition = get_condition(self.condition)
-        return condition_with(condition, self.condition_options)
+        return condition_with(get_condition(self.condition), self.condition_options)
 
 
 def load_config(path: str | Path) -> TrainingConfig:

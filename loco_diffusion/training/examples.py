@@ -117,7 +117,7 @@ class Examples:
         process: this process and how many there are; each uses its own share of the pictures.
 
     Attributes:
-        first: the first example.
+        first: the first example of the source; of a stream, that of the first batch.
         map_kind: what of the maps can be computed once. Where a condition draws random numbers, pictures are
             kept and the maps made anew in every batch, or each picture would always come with the same hole
             or blur.
@@ -147,8 +147,7 @@ class Examples:
         self.encoding = Encoding(config, family, pipe, device)
         self.batches = self._make_batches()
         self.caches = Caches()
-        self._first_bucket, items = self.batches.batch(0)
-        first = self._record(items[0])
+        first, self._first_bucket = self._first()
         self.first = self.read(first, self._first_bucket, np.random.default_rng(0))
         self.first_latents = self.encoding.pictures(self.first.picture[None])
         self.map_kind: MapKind = (
@@ -249,6 +248,13 @@ class Examples:
             sizes = list(self.pool.map(lambda index: source[index].size(), buckets[0]))
             buckets = sort_into_buckets(sizes, self.framing, self.process[1])
         return ShuffledBatches(buckets, config.seed, config.batch_size, self.process)
+
+    def _first(self) -> tuple[Record, int]:
+        """The first record of the source, or of the first batch of a stream, and its bucket."""
+        if isinstance(self.batches, ShuffledBatches):
+            return self._record(0), next(n for n, bucket in enumerate(self.batches.buckets) if 0 in bucket)
+        bucket, records = self.batches.batch(0)
+        return records[0], bucket
 
     def _record(self, item: int | Record) -> Record:
         if isinstance(item, Record):
