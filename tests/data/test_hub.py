@@ -23,6 +23,12 @@ def _picture(value: int, width: int = 24, height: int = 16) -> Image.Image:
     return Image.fromarray(np.full((height, width, 3), value, dtype=np.uint8))
 
 
+@pytest.fixture(autouse=True)
+def _no_pause_after_an_epoch_of_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` gives the threads of pyarrow five seconds to end."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """Three rows, saved by `save_to_disk`."""
