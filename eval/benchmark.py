@@ -79,7 +79,7 @@ def benchmark(
         experiments = [_with_adapters(read(Experiment, "experiments", one), adapters) for one in wanted]
         count = min(limit or chosen.pictures, chosen.pictures)
         quiet_libraries()
-        _check_writable(folder)
+        check_writable(folder)
         with progress_bars() as progress:
             for one in experiments:
                 say(f"Wrote {_run(one, chosen, count, folder, progress)}")
@@ -97,7 +97,7 @@ def _run(experiment: Experiment, protocol: Protocol, count: int, folder: Path, p
     """Run one experiment on the first `count` pictures and write its result."""
     sources = _sources(experiment, protocol)
     session = open_session(None if protocol.base == "packaged" else protocol.base)
-    environment = _describe_environment(session)
+    environment = describe_environment(session)
     session.load_adapters(sources)
     started = time.monotonic()
     scores = evaluate(session, experiment, protocol, count, progress)
@@ -187,7 +187,7 @@ def _describe_adapter(folder: Path) -> dict[str, Any]:
     }
 
 
-def _describe_environment(session: Session) -> dict[str, Any]:
+def describe_environment(session: Session) -> dict[str, Any]:
     """What a result depends on: the base's weights, the packages, the machine."""
     denoiser = session.controller.family.denoiser(session.pipe)
     digest = hashlib.sha256()
@@ -205,7 +205,8 @@ def _describe_environment(session: Session) -> dict[str, Any]:
     }
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
+    """Make the folder of the results; UserError where that is not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -80,14 +80,14 @@ def _render(results: Sequence[Result], protocol: Protocol) -> str:
         f"{protocol.steps} steps, guidance {protocol.guidance:g}, seed {protocol.seed}. Errors are on the "
         "scale 0..255; ↑ higher is better, ↓ lower is better.",
         "## Scores",
-        _table(rows, columns, lambda r, task, score: _number(_value(r, task, score.key))),
+        _table(rows, columns, lambda r, task, score: number(_value(r, task, score.key))),
     ]
     if reference is not None:
         parts += ["## Ratio to no control", _table(rows, columns, _ratio_to(reference))]
         parts += _bars(rows, reference, protocol)
     parts += [
         "## Similarity to the original picture",
-        _table(rows, similar, lambda r, task, score: _number(_value(r, task, score.key))),
+        _table(rows, similar, lambda r, task, score: number(_value(r, task, score.key))),
         "## Runs",
         _runs(rows),
         f"Left out, because of fewer pictures, other settings or another base: {', '.join(others)}."
@@ -112,7 +112,7 @@ def _table(
     for row in rows:
         cells = [cell(row, task, score) for task, score in columns]
         lines.append([row["run_info"]["method"], _name(row), *cells])
-    return _markdown(lines)
+    return markdown_table(lines)
 
 
 def _ratio_to(reference: Result) -> Callable[[Result, str, Score], str]:
@@ -136,17 +136,17 @@ def _bars(rows: Sequence[Result], reference: Result, protocol: Protocol) -> list
             title = next(score.title for score in SCORES[task] if score.key == bar.score)
             wanted = f"≥ {bar.at_least:.3g}" if bar.at_least is not None else f"≤ {bar.at_most:.3g}"
             ratio = value / base
-            cells = [task, f"{title} {wanted} × no control", f"{ratio:.3g}", _verdict(bar, ratio)]
+            cells = [task, f"{title} {wanted} × no control", f"{ratio:.3g}", verdict(bar, ratio)]
             lines.append([row["run_info"]["method"], _name(row), *cells])
-    return ["## Bars", _markdown(lines)] if len(lines) > 1 else []
+    return ["## Bars", markdown_table(lines)] if len(lines) > 1 else []
 
 
-def _verdict(bar: Bar, ratio: float) -> str:
-    """ "met", or how far the ratio is from its bar, in per cent of the bar."""
-    if bar.at_least is not None and ratio < bar.at_least:
-        return f"missed: {100 * (1 - ratio / bar.at_least):.0f} % too low"
-    if bar.at_most is not None and ratio > bar.at_most:
-        return f"missed: {100 * (ratio / bar.at_most - 1):.0f} % too high"
+def verdict(bar: Bar, value: float) -> str:
+    """ "met", or how far a value is from its bar, in per cent of the bar."""
+    if bar.at_least is not None and value < bar.at_least:
+        return f"missed: {100 * (1 - value / bar.at_least):.0f} % too low"
+    if bar.at_most is not None and value > bar.at_most:
+        return f"missed: {100 * (value / bar.at_most - 1):.0f} % too high"
     return "met"
 
 
@@ -160,7 +160,7 @@ def _runs(rows: Sequence[Result]) -> str:
         machine = f"{system['cpu']}, {system['cpu_count']} CPUs, {system['device']}"
         cells = [*counts, f"{size:.2f}" if size else "–", f"{row['run_info']['seconds']:.0f}", machine]
         lines.append([row["run_info"]["method"], _name(row), *cells])
-    return "Parameters and size of one adapter (one a task).\n\n" + _markdown(lines)
+    return "Parameters and size of one adapter (one a task).\n\n" + markdown_table(lines)
 
 
 def _range(adapters: Any, key: str) -> str:
@@ -168,7 +168,8 @@ def _range(adapters: Any, key: str) -> str:
     return "–" if not counts else f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,}–{counts[-1]:,}"
 
 
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first line is its head."""
     head, *body = (f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
     return "\n".join([head, "|" + "---|" * len(lines[0]), *body])
 
@@ -183,7 +184,7 @@ def _value(result: Result, task: str, key: str) -> float | None:
     return value
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     """Three significant digits below 1, four above, without an exponent."""
     if value is None:
         return "–"

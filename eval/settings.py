@@ -1,4 +1,4 @@
-"""What can be benchmarked: protocols and experiments, read from YAML."""
+"""What can be benchmarked: protocols, experiments and studies, read from YAML."""
 
 from __future__ import annotations
 
@@ -63,14 +63,55 @@ class Experiment(Settings):
     adapters: str = "packaged"
 
 
-Kind = TypeVar("Kind", Protocol, Experiment)
+class Method(Settings):
+    """An adapter as a training configuration names it, and what is special about its runs."""
+
+    method: str
+    options: dict[str, Any] = {}
+    tokens: bool = False
+    learning_rates: list[float] | None = None
+
+
+class Study(Settings):
+    """Which methods are compared on which tasks, and how each run is trained and scored."""
+
+    name: str
+    description: str
+    base: str = "packaged"
+    tasks: list[str]
+    scenes: int = Field(ge=1)
+    size: int
+    train_steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    encoder_lr: float = Field(gt=0)
+    learning_rates: list[float] = Field(min_length=1)
+    seeds: list[int] = Field(min_length=1)
+    validation_pictures: int = Field(ge=1)
+    test_pictures: int = Field(ge=1)
+    sampling_steps: int = Field(ge=1)
+    target_modules: str
+    reference: str
+    methods: dict[str, Method]
+
+    @model_validator(mode="after")
+    def _reference_is_a_method(self) -> Study:
+        if self.reference not in self.methods:
+            raise ValueError(f"reference {self.reference!r} is none of the methods")
+        return self
+
+    def rates(self, method: str) -> list[float]:
+        """The learning rates that a method is tried with."""
+        return self.methods[method].learning_rates or self.learning_rates
+
+
+Kind = TypeVar("Kind", Protocol, Experiment, Study)
 
 
 def read(kind: type[Kind], folder: str, name: str) -> Kind:
-    """Read a protocol or an experiment; its name is that of its file.
+    """Read a protocol, an experiment or a study; its name is that of its file.
 
     Args:
-        kind: Protocol or Experiment.
+        kind: Protocol, Experiment or Study.
         folder: where those that come with the benchmark are.
         name: one of them, or the path of a YAML file.
 
@@ -89,5 +130,5 @@ def read(kind: type[Kind], folder: str, name: str) -> Kind:
 
 
 def names(folder: str) -> list[str]:
-    """The protocols or experiments that come with the benchmark."""
+    """The protocols, experiments or studies that come with the benchmark."""
     return sorted(path.stem for path in (FOLDER / folder).glob("*.yaml"))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from loco_diffusion.control.family import Pipeline
-from loco_diffusion.embedded import packaged_base
+from loco_diffusion.embedded import PACKAGED_BASES, packaged_base
 from loco_diffusion.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ def load_base(model: str | os.PathLike[str] | None, dtype: torch.dtype) -> Pipel
     """Load a base model, on the CPU.
 
     Args:
-        model: a folder in diffusers' format or a hub id; None for the packaged base.
+        model: a folder in diffusers' format, a hub id, or the name of a packaged base ("packaged", which None is
+            too, or "packaged-unet").
         dtype: of its weights.
 
     Raises:
@@ -64,18 +65,23 @@ def _denoiser_of(source: str) -> tuple[str, ModelMixin]:
     raise UserError(f"The model {source} has neither a {' nor a '.join(DENOISERS)}; give a diffusion model.")
 
 
+def is_packaged(model: str | os.PathLike[str] | None) -> bool:
+    """Whether this names a packaged base; see `load_base`."""
+    return model is None or os.fspath(model) in PACKAGED_BASES
+
+
 def _load(model: str | os.PathLike[str] | None, load: Callable[[str], Loaded]) -> Loaded:
     """What a function loads of a base model, given its folder or hub id."""
-    if model is None:
+    name = "packaged" if model is None else os.fspath(model)
+    if name in PACKAGED_BASES:
         try:
-            return load(str(packaged_base()))
+            return load(str(packaged_base(name)))
         except UserError:
             raise
         except Exception as error:  # damaged files have nearly any exception type
             raise UserError(
                 f"The packaged base is damaged ({_cause(error)}); reinstall the package."
             ) from error
-    name = os.fspath(model)
     folder = Path(name).expanduser()
     if folder.is_file():
         raise UserError(f"{folder} is a file; give the folder of a model in diffusers' format, or a hub id.")

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from loco_diffusion.bases import load_base
+from loco_diffusion.bases import is_packaged, load_base
 from loco_diffusion.control import ConditionMap, Controller, family_of, resize_map
 from loco_diffusion.control.family import Pipeline
 from loco_diffusion.control.sampling import Sampling
@@ -189,24 +189,25 @@ class Session:
         return [to_pil(picture) for picture in decoded]
 
 
-def open_session(model: str | os.PathLike[str] | None = None) -> Session:
+def open_session(model: str | os.PathLike[str] | None = None, dtype: torch.dtype | None = None) -> Session:
     """Load a base model onto the accelerator, if there is one.
 
     A model that does not fit into the accelerator's free memory whole is kept in main memory, and its parts
     are sent over one after the other (diffusers' model offloading).
 
     Args:
-        model: a folder in diffusers' format or a hub id, computed in bfloat16; None for the packaged base,
-            computed in float32.
+        model: as for `load_base`.
+        dtype: to compute in; default: float32 for packaged bases, bfloat16 for others.
 
     Raises:
         UserError: the model is missing, damaged or of no known family.
     """
-    pipe = load_base(model, torch.float32 if model is None else torch.bfloat16)
+    packaged = is_packaged(model)
+    pipe = load_base(model, dtype or (torch.float32 if packaged else torch.bfloat16))
     pipe.set_progress_bar_config(disable=True)
     family = family_of(pipe)
     _place(pipe)
-    if model is None:
+    if packaged:
         return Session(pipe, Sampling(PACKAGED_SIZE, PACKAGED_SIZE, STEPS, GUIDANCE))
     return Session(pipe, family.default_sampling(pipe))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -97,20 +98,22 @@ def test_the_command_line_draws(
     assert capfd.readouterr().err == ""
 
 
-def test_only_models_of_a_flow_are_trained(tiny: Tiny, folder: Path, session: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fields", [{}, {"tokens": {}}], ids=["encoder", "tokens"])
+def test_every_family_is_trained(tiny: Tiny, folder: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
     config = make_config(
         {
             "condition": "canny",
             "output": str(tmp_path / "run"),
             "base": str(folder),
             "data": {"source": "scenes", "count": 2, "size": tiny.side},
-            "steps": 1,
-            "batch_size": 1,
+            "adapter": {"options": {"r": 1, "num_rotations": 2}},
+            "steps": 2,
+            "batch_size": 2,
+            "log_every": 1,
+            **fields,
         }
     )
-    if session.controller.family.flow:
-        assert train(config).is_dir()
-        return
-    with pytest.raises(UserError, match="flow-matching models only"):
-        train(config)
-    assert not list((tmp_path / "run").iterdir())
+    trained = Controller(tiny.build())
+    trained.load_adapter(train(config))
+    first, last = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines()[1:])
+    assert 0 < first["adapter_changed"] < last["adapter_changed"]

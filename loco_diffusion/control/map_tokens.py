@@ -49,6 +49,13 @@ def map_tokens(family: Family, pipe: Pipeline, maps: Tensor, input: EncoderInput
     return MapTokens(family.pack(family.encode_pictures(pipe, maps)), grid, input)
 
 
+def token_width(family: Family, pipe: Pipeline, input: EncoderInput) -> int:
+    """Channels of a map's token."""
+    if input == "pixels":
+        return 3 * family.token_pixels(pipe) ** 2
+    return family.token_channels(family.denoiser(pipe))
+
+
 def pixel_tokens(maps: Tensor, token_pixels: int) -> Tensor:
     """Cut maps into the squares that the denoiser's tokens cover.
 

@@ -19,7 +19,7 @@ from loco_diffusion.control.encoder import ConditionEncoder, EncoderInput
 from loco_diffusion.control.family import Family, Pipeline
 from loco_diffusion.control.features import Features
 from loco_diffusion.control.joint import JointCondition
-from loco_diffusion.control.map_tokens import MapTokens, map_tokens
+from loco_diffusion.control.map_tokens import MapTokens, map_tokens, token_width
 from loco_diffusion.control.maps import ConditionMap, map_tensor, resize_map
 from loco_diffusion.errors import UserError
 
@@ -83,12 +83,6 @@ class Preparation:
         self._maps.pop(name, None)
         self._memories.pop(name, None)
 
-    def token_width(self, input: EncoderInput) -> int:
-        """Channels of a map's token."""
-        if input == "pixels":
-            return 3 * self._family.token_pixels(self._pipe) ** 2
-        return self._family.token_channels(self._denoiser)
-
     def usable(self, name: str, adapter: Adapter, given: ConditionMap | MapTokens) -> Tensor | MapTokens:
         """A map as a tensor, or as tokens, of the right kind for an adapter.
 
@@ -102,7 +96,7 @@ class Preparation:
         wanted = info.encoder.input if info.encoder else "latents"
         if given.input != wanted:
             raise UserError(f"The tokens for {name!r} are of {given.input}, but its encoder reads {wanted}.")
-        width = self.token_width(wanted)
+        width = token_width(self._family, self._pipe, wanted)
         if given.tokens.shape[-1] != width:
             raise UserError(
                 f"The tokens for {name!r} are {given.tokens.shape[-1]} wide, but its encoder reads {width}; make "

@@ -53,6 +53,29 @@ def render(scenes: Sequence[Scene], size: int | tuple[int, int] = 128) -> Render
     )
 
 
+def project(scenes: SceneTensors, points: torch.Tensor, size: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where points of the world appear in square pictures.
+
+    Args:
+        scenes: B scenes.
+        points: (B, K, 3), in front of the camera.
+        size: of the pictures, in pixels.
+
+    Returns:
+        Columns and rows (B, K, 2) in pixels from the top left corner, and pixels to a unit of length (B, K).
+    """
+    away = points - scenes.camera[:, None]
+    along, right, down = (away @ axis[..., None] for axis in _camera_axes(scenes))
+    scale = size / (2 * torch.tan(scenes.fov / 2))[:, None, None] / along
+    return size / 2 + torch.cat([right, down], dim=-1) * scale, scale[..., 0]
+
+
+def horizon(scenes: SceneTensors, size: int = 128) -> torch.Tensor:
+    """Rows (B,) of the horizon in square pictures, in pixels from the top; negative where no sky is in view."""
+    forward, _, down = _camera_axes(scenes)
+    return size / 2 - forward[:, 2] / down[:, 2] * size / (2 * torch.tan(scenes.fov / 2))
+
+
 def _smooth_edges(scenes: SceneTensors, image: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
     """Average four sub-pixel rays wherever a neighbour's colour differs visibly."""
     batch, _, height, width = image.shape
@@ -111,11 +134,7 @@ def _trace(
 def _camera_rays(
     scenes: SceneTensors, pixels: torch.Tensor, height: int, width: int
 ) -> tuple[Vector, Vector]:
-    forward = torch.nn.functional.normalize(scenes.target - scenes.camera, dim=-1)
-    right = torch.nn.functional.normalize(
-        torch.linalg.cross(forward, torch.tensor([[0.0, 0.0, 1.0]])), dim=-1
-    )
-    down = torch.linalg.cross(forward, right)
+    forward, right, down = _camera_axes(scenes)
     spread = 2 * torch.tan(scenes.fov / 2)[:, None] / min(height, width)
     x = (pixels[..., 0] - width / 2) * spread
     y = (pixels[..., 1] - height / 2) * spread
@@ -125,6 +144,15 @@ def _camera_rays(
     )
     origin = tuple(scenes.camera[:, i, None] for i in range(3))
     return origin, ray  # type: ignore[return-value]
+
+
+def _camera_axes(scenes: SceneTensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Unit vectors (B, 3) along the view, to its right and down its picture."""
+    forward = torch.nn.functional.normalize(scenes.target - scenes.camera, dim=-1)
+    right = torch.nn.functional.normalize(
+        torch.linalg.cross(forward, torch.tensor([[0.0, 0.0, 1.0]])), dim=-1
+    )
+    return forward, right, torch.linalg.cross(forward, right)
 
 
 def _nearest_solid(scenes: SceneTensors, origin: Vector, ray: Vector) -> tuple[torch.Tensor, torch.Tensor]:

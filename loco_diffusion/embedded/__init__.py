@@ -16,22 +16,40 @@ if TYPE_CHECKING:
     import torch
     from diffusers import FluxPipeline
 
+    from loco_diffusion.embedded.scene_classifier import SceneClassifier
+
 _FOLDER = Path(str(files(__name__)))
 WEIGHTS = _FOLDER / "weights"
 EXAMPLE_PICTURE = _FOLDER / "examples" / "scene.png"
 EXAMPLE_PROMPT = _FOLDER / "examples" / "scene.txt"
 GUIDANCE = 2.5  # classifier-free guidance (true_cfg_scale) for the packaged base; not tuned yet
 STEPS = 20
+PACKAGED_BASES = {"packaged": "base", "packaged-unet": "unet_base"}
+"""Names of the packaged base models, with their folders."""
 
 
-def packaged_base() -> Path:
-    """Folder of the packaged base model, a FluxPipeline for 128 px pictures."""
-    return _existing(WEIGHTS / "base")
+def packaged_base(name: str = "packaged") -> Path:
+    """Folder of a packaged base model for 128 px pictures.
+
+    Args:
+        name: "packaged" for a FluxPipeline, "packaged-unet" for a StableDiffusionPipeline.
+    """
+    return _existing(WEIGHTS / PACKAGED_BASES[name])
 
 
 def packaged_depth_network() -> Path:
     """Folder of the packaged depth network, a DepthAnythingForDepthEstimation with its image processor."""
     return _existing(WEIGHTS / "depth")
+
+
+def load_packaged_classifier() -> SceneClassifier:
+    """The network that names what a picture of a scene shows, in float32."""
+    import torch
+
+    from loco_diffusion.embedded.scene_classifier import SceneClassifier
+
+    network: SceneClassifier = SceneClassifier.from_pretrained(_existing(WEIGHTS / "classifier"))
+    return network.to(torch.float32).eval()
 
 
 def packaged_adapter(condition: str) -> Path:

@@ -1,13 +1,16 @@
 """Rebuild what the package ships: `python -m loco_diffusion.embedded.build STAGE`.
 
-Stages, in the order they need one another: vae, base, depth, adapters, example. Each can be stopped at any moment
-and started again; it goes on from its last checkpoint. An accelerator is used where there is one.
+Stages, in the order they need one another: vae, base, unet, depth, classifier, adapters, example. Each can be stopped
+at any moment and started again; it goes on from its last checkpoint. An accelerator is used where there is one.
+`--keep` takes a stopped training to another machine: it writes the weights of its last checkpoint into the folder
+`unfinished`, from which the stage then goes on.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
@@ -22,18 +25,23 @@ from safetensors.torch import load_file, save_file
 
 from loco_diffusion.embedded import EXAMPLE_PICTURE, EXAMPLE_PROMPT, WEIGHTS, packaged_base
 from loco_diffusion.embedded.base import build_base
+from loco_diffusion.embedded.classifier import build_classifier
 from loco_diffusion.embedded.depth import build_depth
+from loco_diffusion.embedded.loop import keep_unfinished
+from loco_diffusion.embedded.unet_base import build_unet_base
 from loco_diffusion.embedded.vae import build_vae
 from loco_diffusion.quickstart import CONDITIONS
 
-STEPS = {"vae": 1000, "base": 3900, "depth": 1200}
+STEPS = {"vae": 6000, "base": 3900, "unet": 3900, "depth": 1200, "classifier": 2600}
 EXAMPLE_SEED = 20_000_033
 
 
 class Stage(str, Enum):
     vae = "vae"
     base = "base"
+    unet = "unet"
     depth = "depth"
+    classifier = "classifier"
     adapters = "adapters"
     example = "example"
 
@@ -43,26 +51,41 @@ def main(
     runs: Annotated[Path, typer.Option(help="Checkpoints and rendered scenes.")] = Path("runs/embedded"),
     out: Annotated[Path, typer.Option(help="Where the finished weights go.")] = WEIGHTS,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, if not the recipe's own.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Only keep the last checkpoint's weights.")] = False,
 ) -> None:
     """Build one part of the packaged world."""
+    if keep:
+        sys.stdout.write(f"Wrote {keep_unfinished(runs / stage.value)}\n")
+        return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     count = steps or STEPS.get(stage.value, 0)
     if stage is Stage.vae:
         vae = build_vae(count, runs, device)
         _replace(runs / "vae" / "final", vae.save_pretrained)
     elif stage is Stage.base:
-        built = runs / "vae" / "final"
-        vae = AutoencoderKL.from_pretrained(built if built.exists() else packaged_base() / "vae")
-        vae.register_to_config(_name_or_path="")  # else the folder of this machine would be packaged
-        pipe = build_base(count, vae, runs, device)
-        _replace(out / "base", pipe.to("cpu", torch.float16).save_pretrained)
+        base = build_base(count, _built_vae(runs), runs, device)
+        _replace(out / "base", base.to("cpu", torch.float16).save_pretrained)
+    elif stage is Stage.unet:
+        unet_base = build_unet_base(count, _built_vae(runs), runs, device)
+        _replace(out / "unet_base", unet_base.to("cpu", torch.float16).save_pretrained)
     elif stage is Stage.depth:
         network, processor = build_depth(count, runs, device)
         _replace(out / "depth", network.to("cpu", torch.float16).save_pretrained, processor.save_pretrained)
+    elif stage is Stage.classifier:
+        classifier = build_classifier(count, runs, device)
+        _replace(out / "classifier", classifier.to("cpu", torch.float16).save_pretrained)
     elif stage is Stage.adapters:
         _build_adapters(runs, out)
     else:
         _draw_example()
+
+
+def _built_vae(runs: Path) -> AutoencoderKL:
+    """The VAE of the stage before, else the packaged one."""
+    built = runs / "vae" / "final"
+    vae = AutoencoderKL.from_pretrained(built if built.exists() else packaged_base() / "vae")
+    vae.register_to_config(_name_or_path="")  # else the folder of this machine would be packaged
+    return vae
 
 
 def _replace(folder: Path, *writers: Callable[[Path], object]) -> None:

@@ -4,28 +4,45 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from loco_diffusion.training.checkpoints import (
-    list_checkpoints,
-    load_checkpoint,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    save_checkpoint,
-)
+from loco_diffusion.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from loco_diffusion.training.optimizer_state import load_optimizer_state, optimizer_tensors
 
 CHECKPOINT_SECONDS = 120
+UNFINISHED = Path(__file__).parent / "unfinished"  # not packaged: trainings on their way between machines
 WARMUP, DECAY = 0.02, 0.3  # shares of the run over which the learning rate rises and falls linearly
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
     """Trapezoid in (0, 1]: a run can be lengthened or shortened until its fall begins."""
     return min(1.0, (step + 1) / (WARMUP * steps + 1), (steps - step) / (DECAY * steps))
+
+
+@contextmanager
+def half_precision(device: str) -> Iterator[None]:
+    """bfloat16 autocast where it is faster: on accelerators, and on processors with instructions for it.
+
+    On processors attention is then computed by plain products: of 100 tokens, torch's fused kernel takes 2.7 times
+    as long forwards and backwards in bfloat16 (123 against 45 ms for 48 pictures, 4 heads of 64, one thread of an EPYC
+    with AVX-512 BF16, torch 2.14).
+    """
+    if device != "cpu":
+        with torch.autocast(device, torch.bfloat16):
+            yield
+    elif torch.cpu._is_avx512_bf16_supported():
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # despite its name, of processors too
+        with torch.autocast(device, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            yield
+    else:
+        yield
 
 
 def train(
@@ -91,7 +108,7 @@ def _save(folder: Path, step: int, model: torch.nn.Module, optimizers: list[torc
 
 
 def _resume(folder: Path, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
-    checkpoints = list_checkpoints(folder)
+    checkpoints = list_checkpoints(folder) or list_checkpoints(UNFINISHED / folder.name)
     if not checkpoints:
         return 0
     tensors, state = load_checkpoint(checkpoints[-1])
@@ -99,5 +116,15 @@ def _resume(folder: Path, model: torch.nn.Module, optimizers: list[torch.optim.O
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[f"model.{name}"])
     for number, optimizer in enumerate(optimizers):
-        load_optimizer_tensors(optimizer, tensors, f"optimizer{number}")
+        load_optimizer_state(optimizer, tensors, f"optimizer{number}")
     return state["step"]
+
+
+def keep_unfinished(folder: Path) -> Path:
+    """Copy the newest checkpoint of `folder` to UNFINISHED: float16 weights, without the optimizers' state.
+
+    A recipe that finds no checkpoint of its own goes on from there, with fresh optimizers.
+    """
+    tensors, state = load_checkpoint(list_checkpoints(folder)[-1])
+    weights = {name: tensor.half() for name, tensor in tensors.items() if name.startswith("model.")}
+    return save_checkpoint(UNFINISHED / folder.name, state["step"], weights, {}, keep=1)

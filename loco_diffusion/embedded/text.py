@@ -68,18 +68,7 @@ def share_capitals(t5: T5Tokenizer, encoder: T5EncoderModel) -> None:
 def build_text_encoders(clip: CLIPTokenizer, t5: T5Tokenizer) -> tuple[CLIPTextModel, T5EncoderModel]:
     """Untrained encoders: CLIP's pooled output has 64 features, T5's sequence 128."""
     torch.manual_seed(0)
-    clip_config = CLIPTextConfig(
-        vocab_size=len(clip),
-        hidden_size=64,
-        intermediate_size=128,
-        projection_dim=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=CLIP_LENGTH,
-        bos_token_id=clip.bos_token_id,
-        eos_token_id=clip.eos_token_id,
-        pad_token_id=clip.pad_token_id,
-    )
+    clip_config = clip_config_of(clip, width=64, layers=1, heads=2)
     t5_config = T5Config(
         vocab_size=len(t5),
         d_model=128,
@@ -93,3 +82,19 @@ def build_text_encoders(clip: CLIPTokenizer, t5: T5Tokenizer) -> tuple[CLIPTextM
         use_cache=False,
     )
     return CLIPTextModel(clip_config), T5EncoderModel(t5_config)
+
+
+def clip_config_of(clip: CLIPTokenizer, width: int, layers: int, heads: int) -> CLIPTextConfig:
+    """Of a text encoder for texts as long as the tokenizer's limit."""
+    return CLIPTextConfig(
+        vocab_size=len(clip),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=clip.model_max_length,
+        bos_token_id=clip.bos_token_id,
+        eos_token_id=clip.eos_token_id,
+        pad_token_id=clip.pad_token_id,
+    )

@@ -1,7 +1,9 @@
-"""Recipe of the packaged VAE: 8x, 16 channels, trained on scenes and on condition maps."""
+"""Recipe of the packaged VAE: 8x, 32 channels, trained on scenes and on condition maps."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +12,13 @@ from diffusers import AutoencoderKL
 
 from loco_diffusion.conditions import get_condition
 from loco_diffusion.data.scenes import TRAIN_SEEDS
-from loco_diffusion.embedded.loop import train
+from loco_diffusion.embedded.loop import half_precision, train
 from loco_diffusion.embedded.pictures import rendered_scenes
 from loco_diffusion.images import to_pil, to_tensor
 
-SCENES, BATCH, MAPS = 6000, 8, 2  # MAPS of the BATCH pictures are condition maps
-LATENT_CHANNELS, NORM_GROUPS = 16, 4
-KL_WEIGHT = 2e-3
+SCENES, BATCH, MAPS = 12_000, 8, 2  # MAPS of the BATCH pictures are condition maps
+LATENT_CHANNELS, NORM_GROUPS = 32, 4
+KL_WEIGHT = 2e-4
 DOWN = ("DownEncoderBlock2D",) * 4
 UP = ("UpDecoderBlock2D",) * 4
 
@@ -26,26 +28,26 @@ def build_vae(steps: int, runs: Path, device: str) -> AutoencoderKL:
     torch.manual_seed(0)
     vae = untrained_vae()
     pictures, depths = rendered_scenes(TRAIN_SEEDS[:SCENES], runs)
-    _start_as_pyramid(vae)
-    _fit_ends(vae, pictures[:32].float() / 127.5 - 1)
+    _start_as_patches(vae, pictures[:32].float() / 127.5 - 1)
     vae.to(device, memory_format=torch.channels_last)
 
     def loss_of_step(step: int) -> torch.Tensor:
         batch = _batch(pictures, depths, np.random.default_rng(step))
-        return _loss(vae, batch.to(device, memory_format=torch.channels_last))
+        with half_precision(device):
+            return _loss(vae, batch.to(device, memory_format=torch.channels_last))
 
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=6e-4, betas=(0.9, 0.99), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=8e-4, betas=(0.9, 0.99), weight_decay=1e-4)
     train(runs / "vae", vae, [optimizer], loss_of_step, steps)
     _normalise_latents(vae, pictures[:512])
     return vae
 
 
 def untrained_vae() -> AutoencoderKL:
-    """A fresh VAE of about a million parameters."""
+    """A fresh VAE of about 1.5 million parameters."""
     return AutoencoderKL(
         down_block_types=DOWN,
         up_block_types=UP,
-        block_out_channels=(16, 32, 64, 64),
+        block_out_channels=(16, 32, 64, 128),
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=NORM_GROUPS,
@@ -57,54 +59,82 @@ def untrained_vae() -> AutoencoderKL:
     )
 
 
-def _start_as_pyramid(vae: AutoencoderKL) -> None:
-    """Start as a linear pyramid: average pooling down, nearest neighbours up, every residual branch silent.
+@torch.no_grad()
+def _start_as_patches(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
+    """Start near the principal components of 8x8 patches, every residual branch silent.
 
-    Together with `_fit_ends` this makes the untrained VAE a blurred but coloured round trip; from the usual
-    random start a network this small spends most of a short run finding the colours.
+    From the usual random start a network this small spends most of a short run finding the colours. Every
+    downsampling keeps the strongest components of 2x2 blocks of what it is given. In front of the encoder's last
+    activation stand the components x and -x, because silu(x) - silu(-x) = x; what its normalisation changes is
+    undone by least squares. The decoder starts as a blurred picture of the latents, also by least squares.
     """
     for name, module in vae.named_modules():
-        if not isinstance(module, torch.nn.Conv2d):
-            continue
-        if name.endswith("conv2"):
-            for parameter in module.parameters():
-                torch.nn.init.zeros_(parameter)
-        elif "sampler" in name:
+        if isinstance(module, torch.nn.Conv2d) and name.endswith("conv2"):
+            torch.nn.init.zeros_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+    _fit_encoder(vae, pictures)
+    latents = vae.encode(pictures).latent_dist.mean
+    for name, module in vae.decoder.named_modules():
+        if "sampler" in name and isinstance(module, torch.nn.Conv2d):
             torch.nn.init.dirac_(module.weight)
-            if module.stride == (2, 2):  # diffusers pads right and below: the window starts at the tap 0, 0
-                module.weight.data = module.weight.data.roll((-1, -1), (2, 3))
-                center = module.weight.data[:, :, 0, 0].clone()
-                module.weight.data[:, :, :2, :2] = center[:, :, None, None] / 4
-        elif "shortcut" in name:
+        elif name.endswith("shortcut"):
             torch.nn.init.orthogonal_(module.weight)
+    first, last = vae.decoder.conv_in, vae.decoder.conv_out
+    torch.nn.init.zeros_(first.weight)
+    torch.nn.init.orthogonal_(first.weight[:, :, 1, 1], gain=2)
+    torch.nn.init.zeros_(last.weight)
+    decode = partial(vae.decode, latents)
+    last.weight[:, :, 1, 1], last.bias[:] = _least_squares(_input_of(last, decode), pictures)
 
 
-@torch.no_grad()
-def _fit_ends(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
-    """Set the outer layers by least squares: the first latents to the mean colours, the output to the picture."""
-    encoder, decoder = vae.encoder, vae.decoder
-    seen: dict[str, torch.Tensor] = {}
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs, name=name: seen.__setitem__(name, inputs[0]))
-        for name, layer in (("encoded", encoder.conv_out), ("decoded", decoder.conv_out))
-    ]
-    vae.encode(pictures)
-    contrast = 2.0
-    weight, bias = _least_squares(seen["encoded"], contrast * torch.nn.functional.avg_pool2d(pictures, 8))
-    encoder.conv_out.weight[:3] = 0
-    encoder.conv_out.weight[:3, :, 1, 1] = weight
-    encoder.conv_out.bias[:3] = bias
-    encoder.conv_out.weight[LATENT_CHANNELS:] *= 0.1  # log variances: start nearly without noise
-    encoder.conv_out.bias[LATENT_CHANNELS:] = -4
-    torch.nn.init.zeros_(decoder.conv_in.weight)
-    torch.nn.init.orthogonal_(decoder.conv_in.weight[:, :, 1, 1], gain=2)
-    vae.decode(vae.encode(pictures).latent_dist.mean)
-    weight, bias = _least_squares(seen["decoded"], pictures)
-    torch.nn.init.zeros_(decoder.conv_out.weight)
-    decoder.conv_out.weight[:, :, 1, 1] = weight
-    decoder.conv_out.bias[:] = bias
-    for hook in hooks:
-        hook.remove()
+def _fit_encoder(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
+    """The encoder's half of `_start_as_patches`."""
+    encoder, count = vae.encoder, LATENT_CHANNELS
+    torch.nn.init.dirac_(encoder.conv_in.weight)
+    torch.nn.init.zeros_(encoder.conv_in.bias)
+    features = pictures
+    for block in encoder.down_blocks:
+        shortcut = block.resnets[0].conv_shortcut
+        if shortcut is not None:
+            torch.nn.init.dirac_(shortcut.weight)
+            torch.nn.init.zeros_(shortcut.bias)
+        for downsampler in block.downsamplers or ():
+            components = _block_components(features, downsampler.conv.out_channels)
+            kept, channels = components.shape[:2]
+            torch.nn.init.zeros_(downsampler.conv.weight)
+            torch.nn.init.zeros_(downsampler.conv.bias)
+            # diffusers pads right and below: the window's first two taps a side are the block
+            downsampler.conv.weight[:kept, :channels, :2, :2] = components
+            features = torch.nn.functional.conv2d(features, components, stride=2)
+    spread, mean = features.std(dim=(0, 2, 3)), features.mean(dim=(0, 2, 3))
+    shortcut.weight[:] = torch.cat([torch.diag(1 / spread), torch.diag(-1 / spread)])[:, :, None, None]
+    shortcut.bias[:] = torch.cat([-mean / spread, mean / spread])
+    whitened = (features - mean[:, None, None]) / spread[:, None, None]
+    # Strong components stay somewhat larger: their noise weighs most in the picture.
+    target = whitened[:, :count] * (spread[:count, None, None] / spread[count - 1]).sqrt()
+    last = encoder.conv_out
+    weight, bias = _least_squares(_input_of(last, partial(vae.encode, pictures)), target)
+    last.weight[:count] = 0
+    last.weight[:count, :, 1, 1], last.bias[:count] = weight, bias
+    last.weight[count:] *= 0.1  # log variances: start nearly without noise
+    last.bias[count:] = -3
+
+
+def _block_components(features: torch.Tensor, most: int) -> torch.Tensor:
+    """The `most` strongest components of 2x2 blocks of `features` (N, C, H, W), as weights (K, C, 2, 2)."""
+    channels = features.shape[1]
+    blocks = features.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).reshape(-1, 4 * channels)
+    vectors = torch.linalg.eigh(blocks.T @ blocks / len(blocks)).eigenvectors  # weakest first
+    return vectors.flip(1)[:, :most].T.reshape(-1, channels, 2, 2)
+
+
+def _input_of(layer: torch.nn.Module, run: Callable[[], object]) -> torch.Tensor:
+    """What `layer` is given while `run` runs."""
+    seen: list[torch.Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    run()
+    hook.remove()
+    return seen[0]
 
 
 def _least_squares(features: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

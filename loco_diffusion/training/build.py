@@ -47,10 +47,6 @@ def build_controller(config: TrainingConfig, pipe: DiffusionPipeline) -> Control
     """
     family = family_of(pipe)
     denoiser = type(family.denoiser(pipe)).__name__
-    if not family.flow:
-        raise UserError(
-            f"Training knows flow-matching models only, and a {denoiser} is none; use a base like FLUX.1."
-        )
     token = family.token_pixels(pipe) * (config.tokens.stride if config.tokens else 1)
     data = config.data
     for name in ("size", "aspect_step") if len(data.framing.sizes) > 1 else ("size",):

@@ -86,25 +86,3 @@ def _unreadable(path: Path, error: Exception) -> UserError:
         f"Checkpoint {path} cannot be read ({' '.join(str(error).split())}); "
         "delete it to resume from an older one."
     )
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, torch.Tensor]:
-    """The optimizer's state as a flat dict of tensors, `{prefix}.{parameter index}.{name}`."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{prefix}.{index}.{name}": torch.as_tensor(value)
-        for index, entries in state.items()
-        for name, value in entries.items()
-    }
-
-
-def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], prefix: str
-) -> None:
-    """Undo `optimizer_tensors`; hyperparameters stay those of `optimizer`."""
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith(prefix + "."):
-            _, index, name = key.rsplit(".", 2)
-            state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

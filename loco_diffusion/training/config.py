@@ -83,19 +83,59 @@ class AdapterSettings(Settings):
 
 
 class TimestepSettings(Settings):
-    """How the noise level sigma in [0, 1] of a training example is drawn."""
+    """How the noise level sigma in [0, 1] of a training example is drawn, and how much its error counts.
 
-    sampling: Literal["uniform", "logit_normal"] = Field(
-        default="logit_normal",
-        description="Distribution before the shift (Esser et al. 2024, arXiv 2403.03206).",
+    For models that predict noise (Stable Diffusion 1, 2 and XL, PixArt), sigma is a share of the training timesteps.
+    """
+
+    sampling: Literal["uniform", "logit_normal", "mode"] | None = Field(
+        default=None,
+        description="Distribution before the shift (Esser et al. 2024, arXiv 2403.03206): uniform, "
+        "logit_normal or mode; default: logit_normal for flow matching, uniform where noise is predicted.",
     )
-    mean: float = Field(default=0.0, description="Of logit_normal, before the sigmoid.")
+    mean: float = Field(
+        default=0.0,
+        description="Of logit_normal, before the sigmoid; above 0, more noise (less in diffusers).",
+    )
     std: float = Field(default=1.0, gt=0, description="Of logit_normal, before the sigmoid.")
+    mode_scale: float = Field(
+        default=1.29, ge=-1, le=1.75, description="Of mode: above 0, more of the middle; below, less."
+    )
     shift: float = Field(
         default=1.0,
         gt=0,
         description="sigma becomes shift sigma / (1 + (shift - 1) sigma); above 1, more noise.",
     )
+    weighting: Literal["none", "sigma_sqrt", "cosmap", "min_snr"] | None = Field(
+        default=None,
+        description="Of errors by sigma: for flow matching none (the default), sigma_sqrt or cosmap (Esser et "
+        "al. 2024); where noise is predicted min_snr (Hang et al. 2023, arXiv 2303.09556; the default) or none.",
+    )
+    snr_gamma: float = Field(
+        default=5.0,
+        gt=0,
+        description="Of min_snr: the signal-to-noise ratio above which errors count the same.",
+    )
+
+    def resolved(self, flow: bool) -> TimestepSettings:
+        """With the defaults of a kind of models.
+
+        Args:
+            flow: whether they predict velocities, as `Family.flow` says.
+
+        Raises:
+            UserError: the weighting is of the other kind.
+        """
+        weightings = ("none", "sigma_sqrt", "cosmap") if flow else ("none", "min_snr")
+        if self.weighting is not None and self.weighting not in weightings:
+            kind = "matches flows" if flow else "predicts noise"
+            raise UserError(
+                f"timesteps.weighting is {self.weighting}, but this base {kind}; use {' or '.join(weightings)}."
+            )
+        sampling, weighting = ("logit_normal", "none") if flow else ("uniform", "min_snr")
+        return self.model_copy(
+            update={"sampling": self.sampling or sampling, "weighting": self.weighting or weighting}
+        )
 
 
 class TrainingConfig(Settings):
@@ -132,8 +172,24 @@ class TrainingConfig(Settings):
     steps: int = Field(ge=1, description="Optimizer steps.")
     batch_size: int = Field(default=32, ge=1, description="Pictures a process and backward pass.")
     accumulation: int = Field(default=1, ge=1, description="Backward passes an optimizer step.")
-    lr: float = Field(default=3e-3, gt=0, description="Peak learning rate of the adapter.")
-    encoder_lr: float = Field(default=1e-3, gt=0, description="Peak learning rate of the condition encoder.")
+    optimizer: Literal["adamw", "adamw8bit", "prodigy"] = Field(
+        default="adamw",
+        description="AdamW; with its moments in 8 bits (of bitsandbytes); or Prodigy, which finds the learning "
+        "rate itself (of prodigyopt; Mishchenko and Defazio 2023, arXiv 2306.06101).",
+    )
+    lr: float = Field(
+        default=3e-3,
+        gt=0,
+        description="Peak learning rate of the adapter; for prodigy a factor on its own estimate, 1 by default.",
+    )
+    encoder_lr: float = Field(
+        default=1e-3, gt=0, description="Peak learning rate of the condition encoder; for prodigy as lr."
+    )
+    lr_scheduler: Literal["trapezoid", "constant", "linear", "cosine"] = Field(
+        default="trapezoid",
+        description="Learning rates after the warmup: constant and then falling linearly, or as diffusers has them: "
+        "constant, or falling to 0 linearly or along a cosine.",
+    )
     warmup_steps: int = Field(
         default=0, ge=0, description="Steps over which learning rates rise linearly from 0."
     )
@@ -141,14 +197,29 @@ class TrainingConfig(Settings):
         default=0.2,
         ge=0,
         le=1,
-        description="Last share of the steps, over which learning rates fall linearly to 0.",
+        description="Of trapezoid: last share of the steps, over which learning rates fall linearly to 0.",
     )
     weight_decay: float = Field(
-        default=0.0, ge=0, description="AdamW's, on the adapter; on rotations it would pull angles to 0."
+        default=0.0,
+        ge=0,
+        description="The optimizer's, on the adapter; on rotations it would pull angles to 0.",
     )
-    encoder_weight_decay: float = Field(default=0.01, ge=0, description="AdamW's, on the condition encoder.")
+    encoder_weight_decay: float = Field(
+        default=0.01, ge=0, description="The optimizer's, on the condition encoder."
+    )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        default=(0.9, 0.999), description="AdamW's decay rates of its two moments."
+        default=(0.9, 0.999), description="The optimizer's decay rates of its two moments."
+    )
+    ema_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="To save, and validate, a moving average of what is trained: how much of it stays in a step, such "
+        "as 0.999; less in the first ones.",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Whether blocks of the denoiser are computed again in the backward pass, which saves memory.",
     )
     max_grad_norm: float = Field(
         default=1.0, gt=0, description="Gradients are clipped to this norm, all together."
@@ -187,6 +258,22 @@ class TrainingConfig(Settings):
     @classmethod
     def _yaml_reads_no_as_false(cls, value: Any) -> Any:
         return "no" if value is False else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rates_of_prodigy(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and fields.get("optimizer") == "prodigy":
+            return {"lr": 1.0, "encoder_lr": 1.0, **fields}
+        return fields
+
+    @model_validator(mode="after")
+    def _one_rate_for_prodigy(self) -> TrainingConfig:
+        if self.optimizer == "prodigy" and self.lr != self.encoder_lr:
+            raise ValueError(
+                f"prodigy has one learning rate for all, but lr is {self.lr:g} and encoder_lr {self.encoder_lr:g}; "
+                "leave both out"
+            )
+        return self
 
     @field_validator("condition")
     @classmethod

@@ -139,6 +139,7 @@ class Examples:
         self.config = config
         self.source = source
         self.condition = condition
+        self.timesteps = config.timesteps.resolved(family.flow)
         self.family = family
         self.pipe = pipe
         self.process = process
@@ -177,7 +178,7 @@ class Examples:
         rng = draws_of(config.seed, number, self.process[0])
         drop_text = torch.from_numpy(rng.random(len(items)) < config.text_dropout)
         keep = torch.from_numpy(rng.random(len(items)) >= config.condition_dropout)
-        sigmas = sample_sigmas(len(items), config.timesteps, rng)
+        sigmas = sample_sigmas(len(items), self.timesteps, rng)
         shape = (len(items), *self._latents_shape(bucket))
         noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
         children = rng.spawn(len(items))

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor
 
-from loco_diffusion.training.config import TimestepSettings
+from loco_diffusion.training.config import TimestepSettings, TrainingConfig
 
 _DRAWS = 2  # keeps the random stream apart from those of `data.batches`
 
 
-def learning_rate_factor(step: int, steps: int, warmup_steps: int, decay: float) -> float:
-    """Share of the peak learning rate in `step` (0-based): rises linearly, stays at 1, falls linearly to 0.
+def learning_rate_schedule(config: TrainingConfig) -> Callable[[int], float]:
+    """The share of the peak learning rate by the step's number (0-based), as `config.lr_scheduler` says."""
+    if config.lr_scheduler == "trapezoid":
+        return lambda step: _trapezoid(step, config.steps, config.warmup_steps, config.decay)
+    name = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
+    nothing = torch.optim.SGD([torch.zeros(())], lr=1.0)  # only the function of the step is wanted
+    scheduler = get_scheduler(
+        name, nothing, num_warmup_steps=config.warmup_steps, num_training_steps=config.steps
+    )
+    factor: Callable[[int], float] = scheduler.lr_lambdas[0]
+    return factor
+
+
+def _trapezoid(step: int, steps: int, warmup_steps: int, decay: float) -> float:
+    """Rises linearly, stays at 1, falls linearly to 0.
 
     The first step has 1/warmup_steps; the step after the last would have 0.
     """
@@ -25,15 +42,23 @@ def learning_rate_factor(step: int, steps: int, warmup_steps: int, decay: float)
 def sample_sigmas(count: int, settings: TimestepSettings, rng: np.random.Generator) -> Tensor:
     """Noise levels: float32 (count,) in [0, 1]; 1 is pure noise.
 
-    Source: Esser et al. 2024 (arXiv 2403.03206), the logit-normal density (section 3.1) and the
-    resolution-dependent shift (equation 23).
+    Args:
+        count: how many.
+        settings: resolved for the kind of model.
+        rng: of the batch.
+
+    Source: Esser et al. 2024 (arXiv 2403.03206), the densities (section 3.1) and the resolution-dependent shift
+    (equation 23).
     """
-    if settings.sampling == "uniform":
-        sigmas = rng.random(count)
-    else:
-        sigmas = 1 / (1 + np.exp(-(settings.mean + settings.std * rng.standard_normal(count))))
-    shifted = settings.shift * sigmas / (1 + (settings.shift - 1) * sigmas)
-    return torch.from_numpy(shifted.astype(np.float32))
+    sigmas = compute_density_for_timestep_sampling(
+        str(settings.sampling),
+        count,
+        settings.mean,
+        settings.std,
+        settings.mode_scale,
+        generator=torch.Generator().manual_seed(int(rng.integers(2**63))),
+    )
+    return settings.shift * sigmas / (1 + (settings.shift - 1) * sigmas)
 
 
 def draws_of(seed: int, batch: int, process: int) -> np.random.Generator:

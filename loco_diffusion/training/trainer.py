@@ -11,29 +11,24 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from loco_diffusion.adapters.calibration import NUM_BATCHES, fit_supports, layers_to_fit
+from loco_diffusion.adapters.calibration import NUM_BATCHES
 from loco_diffusion.bases import load_base
-from loco_diffusion.control import layers
-from loco_diffusion.control.family import family_of
+from loco_diffusion.control import Controller, family_of
 from loco_diffusion.errors import UserError
 from loco_diffusion.training.build import build_controller, build_schedule, build_source
-from loco_diffusion.training.checkpoints import (
-    load_checkpoint,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    save_checkpoint,
-)
+from loco_diffusion.training.checkpoints import load_checkpoint, save_checkpoint
 from loco_diffusion.training.config import TrainingConfig
 from loco_diffusion.training.examples import Batch, Examples
 from loco_diffusion.training.interruption import Interruption
 from loco_diffusion.training.journal import Journal, progress_bar
+from loco_diffusion.training.objective import Objective
+from loco_diffusion.training.optimizer import Optimizer, check_optimizer
 from loco_diffusion.training.output import OutputFolder
 from loco_diffusion.training.preparation import prepare
-from loco_diffusion.training.schedules import learning_rate_factor
+from loco_diffusion.training.trainable import Trainable
 
 _AGREE_EVERY = 10  # steps between the processes' agreements on a stop request
 
@@ -62,6 +57,7 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
         accelerator = Accelerator(mixed_precision=config.mixed_precision)
     except ValueError as error:
         raise UserError(f"mixed_precision {config.mixed_precision} is impossible here ({error}).") from error
+    check_optimizer(config.optimizer)
     source = build_source(config.data)
     identity = {
         "config": config.model_dump(mode="json"),
@@ -74,8 +70,9 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
     pipe: Any = load_base(None if config.base == "packaged" else config.base, getattr(torch, config.dtype))
     torch.manual_seed(config.seed)  # of the adapter's initial weights
     controller = build_controller(config, pipe)
+    objective = Objective(config, pipe)
     family = family_of(pipe)
-    denoiser = family.denoiser(pipe)
+    denoiser: Any = family.denoiser(pipe)
     modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     frozen = [part for part in modules if part is not denoiser]
     _move(frozen, accelerator.device)
@@ -87,7 +84,9 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
         _move([part for part in frozen if part not in examples.models], torch.device("cpu"))
         _move([denoiser], accelerator.device)
         denoiser.train()
-        training = _Training(config, accelerator, controller, examples, output, identity)
+        if config.gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing()
+        training = _Training(config, accelerator, controller, objective, examples, output, identity)
         if checkpoint is None:
             training.fit()
         else:
@@ -95,7 +94,8 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
         training.run(progress)
     denoiser.eval()
     if accelerator.is_main_process:
-        controller.save_adapter(output.adapter, config.condition)
+        with training.trainable.averaged():
+            controller.save_adapter(output.adapter, config.condition)
     accelerator.wait_for_everyone()
     return output.adapter
 
@@ -112,7 +112,8 @@ class _Training:
         self,
         config: TrainingConfig,
         accelerator: Accelerator,
-        controller: Any,
+        controller: Controller,
+        objective: Objective,
         examples: Examples,
         output: OutputFolder,
         identity: dict[str, Any],
@@ -120,51 +121,25 @@ class _Training:
         self.config = config
         self.accelerator = accelerator
         self.controller = controller
+        self.objective = objective
         self.examples = examples
         self.output = output
         self.identity = identity
-        self.family = examples.family
-        self.denoiser = examples.family.denoiser(examples.pipe)
-        groups: dict[str, list[nn.Parameter]] = controller.trainable_parameters(config.condition)
-        self.parameters = {name: group for name, group in groups.items() if group}
-        for parameter in self.flat_parameters:  # the optimizer wants them where they will stay
-            parameter.data = parameter.data.to(accelerator.device)
-        self.initial = self._copies()
-        self.fitted: dict[str, Tensor] = {}  # what `fit` made of the adapter; no seed gives it again
-        self.optimizer = accelerator.prepare(self._make_optimizer())
-        self.schedule = build_schedule(config, self.denoiser)
+        self.trainable = Trainable(
+            controller, config.condition, objective.denoiser, accelerator.device, config.ema_decay
+        )
+        self.optimizer = Optimizer(config, accelerator, self.trainable.groups)
+        self.schedule = build_schedule(config, objective.denoiser)
         self.step = 0
         self.loss_sum = torch.zeros((), device=accelerator.device)
         self.losses = 0
         self.saved_step = -1
-        self.grad_norm = torch.zeros((), device=accelerator.device)
-
-    @property
-    def flat_parameters(self) -> list[nn.Parameter]:
-        """All that is trained."""
-        return [parameter for group in self.parameters.values() for parameter in group]
 
     def fit(self) -> None:
-        """Choose where a new adapter turns, if its method does that from gradients.
-
-        The condition has no part in it: at the start its encoder gives zeros.
-        """
-        name = self.config.condition
-        if not layers_to_fit(self.denoiser, name):
-            return
-        batches = (self.examples.encode(self.examples.load(number)) for number in range(NUM_BATCHES))
-        fit_supports(self.denoiser, lambda _, batch: self._loss(batch), batches, name)
-        weights = layers.weights_of(self.denoiser, name)
-        # Each process has seen its own examples.
-        self._begin_at({path: broadcast(tensor.contiguous()).clone() for path, tensor in weights.items()})
-
-    def _begin_at(self, fitted: dict[str, Tensor]) -> None:
-        layers.set_weights(self.denoiser, self.config.condition, fitted)
-        self.fitted = fitted
-        self.initial = self._copies()
-
-    def _copies(self) -> dict[str, list[Tensor]]:
-        return {name: [p.detach().clone() for p in group] for name, group in self.parameters.items()}
+        """Choose where a new adapter turns, if its method does that from gradients."""
+        if self.trainable.needs_fit:
+            batches = (self.examples.encode(self.examples.load(number)) for number in range(NUM_BATCHES))
+            self.trainable.fit(self._loss, batches)
 
     def run(self, progress: Progress) -> None:
         """Take all steps that are left, with checkpoints, and save the last one."""
@@ -220,19 +195,15 @@ class _Training:
 
     def _take_step(self, batches: Iterator[Batch]) -> Tensor:
         """One optimizer step; returns its loss, a tensor that was not waited for."""
-        config = self.config
+        config, accelerator = self.config, self.accelerator
         # Of dropout inside adapters, which draws from the global generator.
-        torch.manual_seed((config.seed << 32) + self.step * self.accelerator.num_processes + self._process)
-        factor = learning_rate_factor(self.step, config.steps, config.warmup_steps, config.decay)
-        for name, group in zip(self.parameters, self.optimizer.param_groups, strict=True):
-            group["lr"] = factor * (config.lr if name == "adapter" else config.encoder_lr)
-        total = torch.zeros((), device=self.accelerator.device)
+        draw = self.step * accelerator.num_processes + accelerator.process_index
+        torch.manual_seed((config.seed << 32) + draw)
+        total = torch.zeros((), device=accelerator.device)
         for batch in batches:
             total += self._backward(batch) / config.accumulation
-        self._average_gradients()
-        self.grad_norm = self.accelerator.clip_grad_norm_(self.flat_parameters, config.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.step(self.step)
+        self.trainable.average()
         if self.schedule is not None:
             self.schedule.step()
         return total
@@ -246,30 +217,8 @@ class _Training:
         return loss.detach()
 
     def _loss(self, batch: Batch) -> Tensor:
-        """Flow-matching loss (Lipman et al. 2023, arXiv 2210.02747).
-
-        At (1 - sigma) latents + sigma noise, the velocity noise - latents is to be predicted.
-        """
-        sigmas = batch.sigmas.view(-1, *[1] * (batch.latents.ndim - 1))
-        noisy = (1 - sigmas) * batch.latents + sigmas * batch.noise
         with self.accelerator.autocast():
-            velocity = self.family.predict(
-                self.denoiser, noisy, batch.sigmas, batch.text, guidance=self.config.guidance
-            )
-        return nn.functional.mse_loss(velocity.float(), batch.noise - batch.latents)
-
-    def _average_gradients(self) -> None:
-        """Over processes, in one message: adapters are small, and the denoiser's hooks stay free of DDP's."""
-        if self.accelerator.num_processes == 1:
-            return
-        parameters = [parameter for parameter in self.flat_parameters if parameter.requires_grad]
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-        mean = self.accelerator.reduce(flat, "mean")
-        for parameter, part in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = part.view_as(parameter)
+            return self.objective.loss(batch)
 
     def _report(self) -> dict[str, Any]:
         """What the log says about the steps since the last report; here the device is waited for.
@@ -281,30 +230,16 @@ class _Training:
         self.loss_sum, self.losses = torch.zeros_like(self.loss_sum), 0
         if not torch.isfinite(torch.tensor(loss)):
             raise self._diverged()
-        rates = {
-            "lr" if name == "adapter" else "encoder_lr": group["lr"]
-            for name, group in zip(self.parameters, self.optimizer.param_groups, strict=True)
-        }
-        changed = {
-            f"{name}_changed": float(
-                torch.stack(
-                    [(p.detach() - start).norm() for p, start in zip(group, self.initial[name], strict=True)]
-                ).norm()
-            )
-            for name, group in self.parameters.items()
-        }
-        return {"step": self.step, "loss": loss, **rates, "grad_norm": float(self.grad_norm), **changed}
+        changed = {f"{name}_changed": change for name, change in self.trainable.changes().items()}
+        norm = {"grad_norm": float(self.optimizer.grad_norm)}
+        return {"step": self.step, "loss": loss, **self.optimizer.rates, **norm, **changed}
 
     def _sizes(self) -> dict[str, Any]:
-        trainable = {name: sum(p.numel() for p in group) for name, group in self.parameters.items()}
-        return {"trainable": trainable, "pictures": self.identity["pictures"], "cached": self.examples.cached}
+        pictures, cached = self.identity["pictures"], self.examples.cached
+        return {"trainable": self.trainable.sizes, "pictures": pictures, "cached": cached}
 
     def _pictures_a_step(self) -> int:
         return self.config.batch_size * self.config.accumulation * self.accelerator.num_processes
-
-    @property
-    def _process(self) -> int:
-        return self.accelerator.process_index
 
     def _must_stop(self, interruption: Interruption) -> bool:
         """Whether a signal came; several processes must stop after the same step."""
@@ -323,16 +258,11 @@ class _Training:
         """
         if self.saved_step == self.step:
             return
-        if not bool(torch.stack([p.isfinite().all() for p in self.flat_parameters]).all()):
+        if not self.trainable.are_finite():
             raise self._diverged()
         if self.accelerator.is_main_process:
-            tensors: dict[str, Tensor] = {"loss_sum": self.loss_sum}
-            for name, group in self.parameters.items():
-                tensors |= {f"{name}.{i}": parameter for i, parameter in enumerate(group)}
-            tensors |= {f"fitted.{name}": tensor for name, tensor in self.fitted.items()}
-            tensors |= optimizer_tensors(self.optimizer.optimizer, "optimizer")
-            scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}
-            state = {**self.identity, "losses": self.losses, "scaler": scaler}
+            tensors = {"loss_sum": self.loss_sum, **self.trainable.tensors(), **self.optimizer.tensors()}
+            state = {**self.identity, "losses": self.losses, **self.optimizer.state()}
             save_checkpoint(self.output.checkpoints, self.step, tensors, state, self.config.keep_checkpoints)
         self.saved_step = self.step
 
@@ -343,34 +273,16 @@ class _Training:
             UserError: it is damaged.
         """
         tensors, state = load_checkpoint(checkpoint)
-        fitted = {n.removeprefix("fitted."): t for n, t in tensors.items() if n.startswith("fitted.")}
-        if fitted:
-            self._begin_at(fitted)
         try:
-            with torch.no_grad():
-                for name, group in self.parameters.items():
-                    for i, parameter in enumerate(group):
-                        parameter.copy_(tensors[f"{name}.{i}"])
-            load_optimizer_tensors(self.optimizer.optimizer, tensors, "optimizer")
-            self.loss_sum = tensors["loss_sum"].to(self.accelerator.device)
             self.losses, self.step = int(state["losses"]), int(state["step"])
+            self.trainable.load(tensors, self.step)
+            self.optimizer.load(tensors, state)
+            self.loss_sum = tensors["loss_sum"].to(self.accelerator.device)
         except (KeyError, RuntimeError) as error:
             raise UserError(f"Checkpoint {checkpoint} does not fit this run ({error}); delete it.") from error
-        if self.accelerator.scaler is not None and state.get("scaler"):
-            self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.schedule is not None:
             self.schedule.load_state_dict({"steps_done": self.step})
         self.saved_step = self.step
-
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        config = self.config
-        settings = {
-            "adapter": {"lr": config.lr, "weight_decay": config.weight_decay},
-            "encoder": {"lr": config.encoder_lr, "weight_decay": config.encoder_weight_decay},
-        }
-        groups = [{"params": group, **settings[name]} for name, group in self.parameters.items()]
-        fused = self.accelerator.device.type in ("cpu", "cuda")  # one kernel instead of ten a tensor
-        return torch.optim.AdamW(groups, betas=config.betas, fused=fused)
 
     def _diverged(self) -> UserError:
         newest = self.output.newest_checkpoint()

@@ -105,8 +105,9 @@ def test_windows_in_image_to_image(tiny: Tiny, pipe: Any, controller: Controller
 
 
 def is_acting(controller: Controller) -> bool:
-    features = controller._conditioning is not None and controller._conditioning.features is not None
-    return features or controller._attentions is not None and bool(controller._attentions._recalls)
+    hooks = controller._hooks
+    features = hooks.conditioning is not None and hooks.conditioning.features is not None
+    return features or hooks.attentions is not None and bool(hooks.attentions._recalls)
 
 
 # The unconditional half of guidance.

@@ -155,7 +155,7 @@ def test_the_input_layer_may_be_adapted(pipe: Any) -> None:
     with controller(canny=image):
         both = pipe.unet.conv_in(latents)
         lora = pipe.unet.conv_in.lora_B["canny"](pipe.unet.conv_in.lora_A["canny"](latents))
-        features = controller._conditioning.features._sum
+        features = controller._hooks.conditioning.features._sum
         torch.testing.assert_close(both, free + 8 / 2 * lora + features)
         assert not torch.equal(draw(pipe), stock)
 

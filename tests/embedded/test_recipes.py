@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from loco_diffusion.data.render import render
-from loco_diffusion.data.scenes import sample_scene
+from loco_diffusion.data.scenes import COLORS, KINDS, sample_scene
 from loco_diffusion.embedded import base, loop, text, vae
 from loco_diffusion.embedded.pictures import rendered_scenes
 
@@ -24,8 +24,7 @@ def pictures() -> torch.Tensor:
 def started_vae(pictures: torch.Tensor) -> AutoencoderKL:
     torch.manual_seed(0)
     model = vae.untrained_vae()
-    vae._start_as_pyramid(model)
-    vae._fit_ends(model, pictures)
+    vae._start_as_patches(model, pictures)
     return model
 
 
@@ -45,6 +44,18 @@ def test_the_untrained_vae_already_keeps_the_colors(
     error = torch.nn.functional.avg_pool2d(round_trip(started_vae, pictures) - pictures, 16)
     spread = torch.nn.functional.avg_pool2d(pictures, 16).std()
     assert error.square().mean().sqrt() < 0.35 * spread
+
+
+def test_the_untrained_latents_hold_more_than_the_mean_colors(
+    started_vae: AutoencoderKL, pictures: torch.Tensor
+) -> None:
+    with torch.no_grad():
+        latents = started_vae.encode(pictures).latent_dist.mode()
+    patches = torch.nn.functional.pixel_unshuffle(pictures, 8)
+    weight, bias = vae._least_squares(latents, patches)
+    told = torch.einsum("nchw,dc->ndhw", latents, weight) + bias[:, None, None]
+    means = torch.nn.functional.avg_pool2d(pictures, 8).repeat_interleave(64, dim=1)
+    assert (told - patches).square().mean() < 0.25 * (means - patches).square().mean()
 
 
 def test_evening_out_latents_changes_no_picture(started_vae: AutoencoderKL, pictures: torch.Tensor) -> None:
@@ -86,12 +97,25 @@ def test_the_untrained_base_predicts_zero_velocity(started_vae: AutoencoderKL) -
     pipe = base.untrained_pipeline(started_vae)
     clip_ids, t5_ids = base._tokens(pipe, ["a red sphere"])
     model = torch.nn.ModuleDict({"text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2})
-    clean = torch.zeros(1, 16, 4, 4)
+    clean = torch.zeros(1, 32, 4, 4)
     torch.manual_seed(3)
     loss = base._loss(pipe.transformer, clean, base._read(model, clip_ids, t5_ids))
     torch.manual_seed(3)
     torch.testing.assert_close(loss, torch.randn_like(clean).square().mean())
     assert 8e6 < sum(p.numel() for p in pipe.transformer.parameters()) < 13e6
+
+
+def test_layouts_count_what_the_scenes_hold() -> None:
+    scenes = [sample_scene(seed) for seed in range(3)]
+    layouts = base.scene_layouts(scenes, 8).float()
+    assert layouts.shape == (3, 64, len(KINDS) + len(COLORS) + 1)
+    masks = render(scenes, 32).masks.float()
+    for scene, layout, mask in zip(scenes, layouts, masks, strict=True):
+        named = {KINDS.index(solid.kind) for solid in scene.solids}
+        assert set(layout[:, : len(KINDS)].sum(0).nonzero().flatten().tolist()) <= named
+        assert layout[:, : len(KINDS)].sum() / 64 == pytest.approx(
+            float(mask.mean(dim=(1, 2)).sum()), abs=1e-3
+        )
 
 
 def test_a_resumed_recipe_equals_an_uninterrupted_one(
@@ -122,6 +146,27 @@ def test_a_resumed_recipe_equals_an_uninterrupted_one(
     with pytest.raises(Stopped):
         run(tmp_path / "parts", stop_at=7)
     assert torch.equal(run(tmp_path / "parts"), whole)
+
+
+def test_a_kept_training_goes_on_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "UNFINISHED", tmp_path / "unfinished")
+
+    def run(folder: Path, steps: int) -> tuple[torch.Tensor, list[int]]:
+        torch.manual_seed(0)
+        model, taken = torch.nn.Linear(4, 3), []
+
+        def loss_of_step(step: int) -> torch.Tensor:
+            taken.append(step)
+            return model(torch.randn(5, 4)).square().mean()
+
+        loop.train(folder, model, [torch.optim.AdamW(model.parameters(), lr=1e-2)], loss_of_step, steps)
+        return model.weight.detach(), taken
+
+    weight, _ = run(tmp_path / "here" / "toy", 3)
+    assert loop.keep_unfinished(tmp_path / "here" / "toy").name == "step-00000003"
+    again, taken = run(tmp_path / "there" / "toy", 3)
+    assert not taken and torch.equal(again, weight.half().float())
+    assert run(tmp_path / "there" / "toy", 5)[1] == [3, 4]
 
 
 def test_rendered_scenes_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -128,12 +129,14 @@ def test_loca_learns_locations_in_turn_at_the_start(make: Any) -> None:
             "timesteps": {"sampling": "uniform", "shift": 2},
             "mixed_precision": "bf16",
         },
-        {"adapter": {"options": {"r": 2, "num_rotations": 2, "init": "skew"}}},
+        {"adapter": {"options": {"r": 2, "num_rotations": 2, "init": "skew"}}, "ema_decay": 0.9},
+        {"optimizer": "adamw8bit", "lr_scheduler": "cosine", "warmup_steps": 1},
+        {"optimizer": "prodigy", "lr_scheduler": "constant", "ema_decay": 0.9},
         {"adapter": {"method": "loft", "options": {"r": 4, "support": "gradient"}}},
         {"tokens": {}},
         {"tokens": {"stride": 2, "joint": True}, "data": {"source": "scenes", "count": 5, "size": 64}},
     ],
-    ids=["loco", "lora-on-the-fly", "loco-skew", "loft-gradient", "tokens", "joint"],
+    ids=["loco", "lora-on-the-fly", "loco-skew", "8-bit", "prodigy", "loft-gradient", "tokens", "joint"],
 )
 def test_resumed_equals_uninterrupted(make: Any, fields: dict[str, Any]) -> None:
     config = make(**fields)
@@ -151,6 +154,53 @@ def test_resumed_equals_uninterrupted(make: Any, fields: dict[str, Any]) -> None
         for line, before in zip(_log(config), log, strict=True):
             assert line.keys() == before.keys()
             assert {k for k in line if line[k] != before[k]} <= {"images_per_second", "time"}
+
+
+def test_the_moving_average_is_saved(make: Any) -> None:
+    config = make(ema_decay=0.5)
+    train(config)
+    states = [load_checkpoint(path)[0] for path in _checkpoints(config)]
+    assert any(name.startswith("ema.") for name in states[0])
+    names = [f"encoder.{i}" for i in range(4)]
+    saved = [tensor for name, tensor in _weights(config).items() if name.startswith("control_encoder")]
+    start = load_checkpoint(_checkpoints(config)[0])[0]
+    expected = [start[name] for name in names]  # the first step's, as diffusers has it
+    for number, state in enumerate(states[1:], start=1):
+        decay = min(0.5, (1 + number) / (10 + number))
+        expected = [decay * e + (1 - decay) * state[n] for n, e in zip(names, expected, strict=True)]
+    assert all(any(torch.allclose(e, s) for s in saved if s.shape == e.shape) for e in expected)
+    assert not any(torch.equal(states[-1][n], s) for n in names for s in saved)
+
+
+def test_learning_rates_of_schedules_and_of_prodigy_are_logged(make: Any) -> None:
+    config = make("cosine", lr_scheduler="cosine", log_every=1)
+    train(config)
+    assert [line["lr"] / 3e-3 for line in _log(config)[1:]] == pytest.approx([1, 0.8535534, 0.5, 0.1464466])
+    config = make("prodigy", optimizer="prodigy", decay=0, log_every=30, steps=60, checkpoint_every=60)
+    train(config)
+    rates = [line["lr"] for line in _log(config)[1:]]
+    assert 1e-6 <= rates[0] < rates[1]  # it starts at 1e-6
+    assert rates == [line["encoder_lr"] for line in _log(config)[1:]]
+
+
+def test_checkpointed_gradients_are_the_same(make: Any) -> None:
+    results = []
+    for number, checkpointing in enumerate((False, True)):
+        config = make(f"run{number}", gradient_checkpointing=checkpointing)
+        train(config)
+        results.append(_weights(config))
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+
+
+def test_optimizers_that_are_not_installed_are_refused(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, package in (("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt")):
+        monkeypatch.setitem(sys.modules, package, None)
+        config = make(optimizer=name)
+        with pytest.raises(
+            UserError, match=f"{name} needs {package}, .*pip install {package}, or use optimizer"
+        ):
+            train(config)
+        assert not Path(config.output).exists()
 
 
 def test_planes_are_fitted_before_the_first_step(make: Any) -> None:

@@ -1,0 +1,183 @@
+"""Compare adapter methods: train each on the same batches, tune its learning rate, repeat over seeds.
+
+    python eval/study.py --study methods --task canny
+    python eval/study.py --study methods --method "loco both" --method lora
+    python eval/study.py --study methods --table
+
+Every run's result is a file of its own in eval/results/<study>; runs that have one are not repeated, so a study may
+be spread over many sittings. The trainings themselves resume, too. At the end the table and figure are drawn anew.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from report import write_text
+from rich.progress import Progress
+from settings import FOLDER, Settings, Study, names, read
+from study_report import best_rate, write_study
+
+from loco_diffusion.conditions import get_condition
+from loco_diffusion.console import progress_bars, quiet_libraries, run_app, say
+from loco_diffusion.data.render import render
+from loco_diffusion.data.scenes import TEST_SEEDS, VALIDATION_SEEDS, sample_scene
+from loco_diffusion.errors import UserError
+from loco_diffusion.generation import Sampling, Session, open_session
+from loco_diffusion.images import to_pil
+from loco_diffusion.machine import describe_machine
+from loco_diffusion.scoring import TaskScores
+from loco_diffusion.training.config import TrainingConfig, make_config
+from loco_diffusion.training.trainer import train
+
+PACKAGES = ("torch", "diffusers", "peft")
+_DRAWN_AT_ONCE = 16
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+class Run(Settings):
+    """One training."""
+
+    task: str
+    method: str
+    lr: float
+    seed: int
+
+    @property
+    def file_name(self) -> str:
+        method = self.method.replace(",", "").replace(" ", "-")
+        return f"{self.task}--{method}--lr{self.lr:g}--seed{self.seed}.json"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a study with the given arguments, by default the process's; returns the exit status."""
+    return run_app(app, "study.py", arguments)
+
+
+@app.command()
+def study(
+    name: Annotated[
+        str, typer.Option("--study", help=f"{', '.join(names('studies'))}, or the path of a YAML file.")
+    ] = "methods",
+    task: Annotated[list[str] | None, typer.Option(help="Only these tasks.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Only these methods.")] = None,
+    table: Annotated[bool, typer.Option("--table", help="Only draw the results anew.")] = False,
+    runs: Annotated[Path, typer.Option(help="Folder of the trainings.")] = Path("runs/study"),
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = FOLDER / "results",
+) -> None:
+    """Train and score all that a study compares and that has no result yet."""
+    chosen = read(Study, "studies", name)
+    folder = out / chosen.name
+    tasks = _known(task, chosen.tasks, "task")
+    methods = _known(method, list(chosen.methods), "method")
+    quiet_libraries()
+    if not table:
+        folder.mkdir(parents=True, exist_ok=True)
+        for run in _runs(chosen, tasks, methods, folder):
+            say(f"Wrote {_take(chosen, run, runs / chosen.name, folder)}")
+    say(f"Wrote {write_study(folder, chosen.model_dump(mode='json'))}")
+
+
+def _known(wanted: list[str] | None, known: list[str], what: str) -> list[str]:
+    for one in wanted or ():
+        if one not in known:
+            raise UserError(f"The study has no {what} {one!r}; choose from {', '.join(known)}.")
+    return wanted or known
+
+
+def _runs(study: Study, tasks: list[str], methods: list[str], folder: Path) -> Iterator[Run]:
+    """The runs without a result: first each method's rates with the first seed, then its best rate with the others."""
+    first, *others = study.seeds
+    for task in tasks:
+        for method in methods:
+            tuning = [Run(task=task, method=method, lr=lr, seed=first) for lr in study.rates(method)]
+            yield from (run for run in tuning if not (folder / run.file_name).exists())
+            lr = best_rate(folder, task, method)
+            repeats = [Run(task=task, method=method, lr=lr, seed=seed) for seed in others]
+            yield from (run for run in repeats if not (folder / run.file_name).exists())
+
+
+def training_config(study: Study, run: Run, output: Path) -> TrainingConfig:
+    """The configuration of a run's training."""
+    method = study.methods[run.method]
+    fields: dict[str, Any] = {
+        "condition": run.task,
+        "output": str(output),
+        "base": study.base,
+        "data": {"source": "scenes", "count": study.scenes, "size": study.size},
+        "encoder": {"input": "latents"},
+        "adapter": {
+            "method": method.method,
+            "target_modules": study.target_modules,
+            "options": method.options,
+        },
+        "steps": study.train_steps,
+        "batch_size": study.batch_size,
+        "lr": run.lr,
+        "encoder_lr": study.encoder_lr,
+        "warmup_steps": max(1, study.train_steps // 20),
+        "decay": 0.3,
+        "mixed_precision": "bf16",
+        "seed": run.seed,
+    }
+    if method.tokens:
+        fields["tokens"] = {}
+    return make_config(fields, f"{study.name}: {run.method}")
+
+
+def _take(study: Study, run: Run, runs: Path, folder: Path) -> Path:
+    """Train, score and write the result of one run; its checkpoints are then no longer needed."""
+    output = runs / Path(run.file_name).stem
+    config = training_config(study, run, output)
+    started = time.monotonic()
+    diverged = ""
+    try:
+        adapter: Path | None = train(config, resume=True)
+    except UserError as error:
+        if "diverged" not in str(error):
+            raise
+        adapter, diverged = None, str(error)
+    seconds = time.monotonic() - started
+    result: dict[str, Any] = {"run": run.model_dump(), "diverged": diverged, "seconds": round(seconds, 1)}
+    if adapter is not None:
+        session = open_session(None if study.base == "packaged" else study.base)
+        session.load_adapters({run.task: adapter})
+        parts = {
+            "validation": VALIDATION_SEEDS[: study.validation_pictures],
+            "test": TEST_SEEDS[: study.test_pictures],
+        }
+        with progress_bars() as progress:
+            for part, seeds in parts.items():
+                result[part] = _scores(study, run.task, session, seeds, progress)
+        groups = session.controller.trainable_parameters(run.task)
+        result["parameters"] = {name: sum(p.numel() for p in group) for name, group in groups.items()}
+    result["machine"] = describe_machine("cpu", PACKAGES)
+    path = write_text(folder / run.file_name, json.dumps(result, indent=1) + "\n")
+    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    return path
+
+
+def _scores(study: Study, task: str, session: Session, seeds: range, progress: Progress) -> dict[str, float]:
+    scores = TaskScores(task)
+    sampling = Sampling(study.size, study.size, study.sampling_steps, 1.0)
+    bar = progress.add_task(f"Pictures: {task}", total=len(seeds))
+    for start in range(0, len(seeds), _DRAWN_AT_ONCE):
+        part = seeds[start : start + _DRAWN_AT_ONCE]
+        scenes = [sample_scene(seed) for seed in part]
+        originals = [to_pil(picture) for picture in render(scenes, study.size).image]
+        maps = {task: [get_condition(task).extract(picture) for picture in originals]}
+        drawn = session.generate([scene.caption for scene in scenes], list(part), sampling, maps=maps)
+        scores.update(drawn, originals)
+        progress.update(bar, advance=len(part))
+    return scores.compute()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

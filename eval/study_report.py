@@ -1,0 +1,128 @@
+"""What a study found: the tuned learning rates, a table, a figure."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from report import markdown_table, write_text
+
+from loco_diffusion.errors import UserError
+from loco_diffusion.scoring import SCORES, Score
+
+Result = dict[str, Any]
+
+
+def read_results(folder: Path, task: str) -> list[Result]:
+    """All results of a task, in the order of their files' names."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{task}--*.json"))]
+
+
+def best_rate(folder: Path, task: str, method: str) -> float:
+    """The learning rate whose first run scores best on validation pictures.
+
+    Raises:
+        UserError: all of the method's runs diverged, or there are none.
+    """
+    score = SCORES[task][0]
+    runs = [r for r in read_results(folder, task) if r["run"]["method"] == method and "validation" in r]
+    if not runs:
+        raise UserError(
+            f"{method!r} has no run of {task} that did not diverge; give it lower learning rates."
+        )
+    first = min(run["run"]["seed"] for run in runs)
+    rated = {r["run"]["lr"]: r["validation"][score.key] for r in runs if r["run"]["seed"] == first}
+    choose = max if score.higher_is_better else min
+    return choose(rated, key=lambda lr: rated[lr])
+
+
+def write_study(folder: Path, study: dict[str, Any]) -> Path:
+    """Write README.md and a figure for each task from all results in a folder; returns the former's path."""
+    parts = [
+        f"# The study `{study['name']}`",
+        "Written by `python eval/study.py`; do not edit.",
+        study["description"].strip(),
+        f"{study['train_steps']} steps of {study['batch_size']}, {study['scenes']:,} scenes at {study['size']} px, "
+        f"layers: {study['target_modules']}; pictures in {study['sampling_steps']} steps without guidance. "
+        "± is the standard deviation over the seeds.",
+    ]
+    for task in study["tasks"]:
+        by_method = _by_method(folder, task, list(study["methods"]))
+        if by_method:
+            figure = _draw(folder / f"{task}.png", task, by_method, study["reference"])
+            parts += [f"## {task}", _table(task, by_method), f"![{task}: all methods]({figure.name})"]
+    return write_text(folder / "README.md", "\n\n".join(parts) + "\n")
+
+
+def _by_method(folder: Path, task: str, methods: list[str]) -> dict[str, list[Result]]:
+    """The runs with each method's best learning rate."""
+    found = defaultdict(list)
+    for result in read_results(folder, task):
+        found[result["run"]["method"]].append(result)
+    chosen = {}
+    for method in methods:
+        if any("validation" in result for result in found[method]):
+            lr = best_rate(folder, task, method)
+            chosen[method] = [r for r in found[method] if r["run"]["lr"] == lr and "test" in r]
+    return chosen
+
+
+def _table(task: str, by_method: dict[str, list[Result]]) -> str:
+    shown = [score for score in SCORES[task] if score.key not in ("ssim", "psnr")]
+    arrows = [f"{score.title} {'↑' if score.higher_is_better else '↓'}" for score in shown]
+    lines = [["method", *arrows, "lr", "seeds", "adapter parameters", "training s"]]
+    best_first = sorted(
+        by_method, key=lambda m: mean(_values(by_method[m], shown[0])), reverse=shown[0].higher_is_better
+    )
+    for method in best_first:
+        runs = by_method[method]
+        lines.append(
+            [
+                method,
+                *(_spread(_values(runs, score)) for score in shown),
+                f"{runs[0]['run']['lr']:g}",
+                str(len(runs)),
+                f"{runs[0]['parameters']['adapter']:,}",
+                f"{mean(run['seconds'] for run in runs):.0f}",
+            ]
+        )
+    return markdown_table(lines)
+
+
+def _values(runs: list[Result], score: Score) -> list[float]:
+    return [run["test"][score.key] for run in runs]
+
+
+def _spread(values: list[float]) -> str:
+    digits = 3 if max(values) < 10 else 1
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{spread}"
+
+
+def _draw(path: Path, task: str, by_method: dict[str, list[Result]], reference: str) -> Path:
+    """One row a method: its seeds as dots, their mean as a line; the reference's mean through all rows."""
+    from matplotlib.figure import Figure
+
+    score = SCORES[task][0]
+    ordered = sorted(
+        by_method, key=lambda m: mean(_values(by_method[m], score)), reverse=not score.higher_is_better
+    )
+    figure = Figure(figsize=(7, 0.6 + 0.32 * len(ordered)), layout="constrained")
+    axes = figure.add_subplot()
+    for row, method in enumerate(ordered):
+        values = _values(by_method[method], score)
+        color = "tab:orange" if "loco" in method else "tab:gray"
+        axes.plot(values, [row] * len(values), "o", color=color, markersize=5, alpha=0.8)
+        axes.plot([mean(values)] * 2, [row - 0.3, row + 0.3], color=color, linewidth=2)
+    if reference in by_method:
+        axes.axvline(
+            mean(_values(by_method[reference], score)), color="tab:blue", linewidth=0.8, linestyle=":"
+        )
+    axes.set_yticks(range(len(ordered)), ordered)
+    axes.set_xlabel(f"{score.title} ({'higher' if score.higher_is_better else 'lower'} is better)")
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=120)
+    return path
