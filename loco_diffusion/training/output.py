@@ -13,7 +13,9 @@ from loco_diffusion.errors import UserError
 from loco_diffusion.training.checkpoints import list_checkpoints, load_state
 from loco_diffusion.training.config import TrainingConfig, make_config
 
-FREE_FIELDS = frozenset({"output", "checkpoint_every", "keep_checkpoints", "log_every", "cache_gigabytes"})
+FREE_FIELDS = frozenset(
+    {"output", "checkpoint_every", "keep_checkpoints", "log_every", "cache_gigabytes", "cache_folder"}
+)
 """Fields that may differ between a run and its continuation: they do not change what is learnt."""
 
 

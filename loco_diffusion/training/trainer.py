@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,18 @@ from torch import Tensor, nn
 
 from loco_diffusion.adapters.calibration import NUM_BATCHES
 from loco_diffusion.bases import load_base
-from loco_diffusion.conditions import get_condition
 from loco_diffusion.control import Controller, family_of
 from loco_diffusion.errors import UserError
 from loco_diffusion.training.build import build_controller, build_schedule, build_source
 from loco_diffusion.training.checkpoints import load_checkpoint, save_checkpoint
 from loco_diffusion.training.config import TrainingConfig
-from loco_diffusion.training.examples import Batch, Examples, Loaded
+from loco_diffusion.training.examples import Batch, Examples
 from loco_diffusion.training.interruption import Interruption
 from loco_diffusion.training.journal import Journal, progress_bar
 from loco_diffusion.training.objective import Objective
 from loco_diffusion.training.optimizer import Optimizer, check_optimizer
 from loco_diffusion.training.output import OutputFolder
-from loco_diffusion.training.schedules import batch_indices, draws_of
+from loco_diffusion.training.preparation import prepare
 from loco_diffusion.training.trainable import Trainable
 
 _AGREE_EVERY = 10  # steps between the processes' agreements on a stop request
@@ -62,7 +61,7 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
     source = build_source(config.data)
     identity = {
         "config": config.model_dump(mode="json"),
-        "pictures": len(source),
+        "pictures": len(source) if isinstance(source, Sized) else None,  # None for a stream
         "processes": accelerator.num_processes,
     }
     output = OutputFolder(Path(config.output))
@@ -78,12 +77,11 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
     frozen = [part for part in modules if part is not denoiser]
     _move(frozen, accelerator.device)
     process = (accelerator.process_index, accelerator.num_processes)
-    condition = get_condition(config.condition)
-    examples = Examples(config, source, condition, family, pipe, accelerator.device, process)
+    examples = Examples(config, source, config.make_condition(), family, pipe, accelerator.device, process)
     with progress_bar(accelerator.is_main_process) as progress:
-        examples.prepare(progress)
-        if not examples.needs_models:
-            _move(frozen, torch.device("cpu"))
+        prepare(examples, progress)
+        accelerator.wait_for_everyone()  # a cache on disk is of all processes' making
+        _move([part for part in frozen if part not in examples.models], torch.device("cpu"))
         _move([denoiser], accelerator.device)
         denoiser.train()
         if config.gradient_checkpointing:
@@ -140,7 +138,7 @@ class _Training:
     def fit(self) -> None:
         """Choose where a new adapter turns, if its method does that from gradients."""
         if self.trainable.needs_fit:
-            batches = (self.examples.encode(self._load_batch(number)) for number in range(NUM_BATCHES))
+            batches = (self.examples.encode(self.examples.load(number)) for number in range(NUM_BATCHES))
             self.trainable.fit(self._loss, batches)
 
     def run(self, progress: Progress) -> None:
@@ -182,23 +180,18 @@ class _Training:
         last = self.config.steps * accumulation
         first = self.step * accumulation
         with ThreadPoolExecutor(1) as ahead:
-            pending = ahead.submit(self._load_batch, first) if first < last else None
+            pending = ahead.submit(self.examples.load, first) if first < last else None
 
             def batches(numbers: range) -> Iterator[Batch]:
                 nonlocal pending
                 for number in numbers:
                     assert pending is not None
                     loaded = pending.result()
-                    pending = ahead.submit(self._load_batch, number + 1) if number + 1 < last else None
+                    pending = ahead.submit(self.examples.load, number + 1) if number + 1 < last else None
                     yield self.examples.encode(loaded)
 
             for start in range(first, last, accumulation):
                 yield batches(range(start, start + accumulation))
-
-    def _load_batch(self, number: int) -> Loaded:
-        config, examples = self.config, self.examples
-        indices = batch_indices(config.seed, number, config.batch_size, examples.shard)
-        return examples.load(indices, draws_of(config.seed, number, self.accelerator.process_index))
 
     def _take_step(self, batches: Iterator[Batch]) -> Tensor:
         """One optimizer step; returns its loss, a tensor that was not waited for."""
