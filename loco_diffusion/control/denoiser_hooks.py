@@ -87,9 +87,10 @@ class DenoiserHooks:
     def _before_denoiser(self, module: nn.Module, args: tuple[Any, ...], arguments: dict[str, Any]) -> None:
         if not self.inside and not torch.compiler.is_compiling():
             self.switch_off()
+        self._rows.alone = self._family.asks_one_half(arguments)
         features = self.conditioning.features if self.conditioning else None
-        # Reading the grid waits for the device, so only where it is read once; a compiled graph cannot.
-        if features is not None and features.drawn_grid is None and not torch.compiler.is_compiling():
+        # A compiled graph cannot read the grid, which may be on the device.
+        if features is not None and not torch.compiler.is_compiling():
             # Some pipelines give the latents by position, which is the first one in every transformer.
             named = {"hidden_states": args[0], **arguments} if args else arguments
             features.drawn_grid = self._family.grid(named)

@@ -61,6 +61,10 @@ class Family(Protocol):
     def guidance_copies(self, pipe: Pipeline) -> int:
         """2 where the pipeline, as it runs now, stacks both halves of classifier-free guidance, else 1."""
 
+    def asks_one_half(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether a call of the denoiser with these keyword arguments is for the conditional half only, where
+        other calls are for both."""
+
     def watched(self, pipe: Pipeline) -> AbstractContextManager[None]:
         """The block in which a controlled pipeline runs, for what `guidance_copies` must see of it."""
 
@@ -77,7 +81,8 @@ class Family(Protocol):
         """The numbers of the base model's config that an adapter's weights depend on."""
 
     def grid(self, arguments: Mapping[str, Any]) -> tuple[int, int] | None:
-        """Rows and columns of image tokens, from the keyword arguments of a denoiser call, if they tell."""
+        """Rows and columns of the tokens of the picture being drawn, from the keyword arguments of a denoiser
+        call, if they tell; tokens of reference pictures, which come after it, are left out."""
 
     def pack(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) as the denoiser's tokens (B, tokens, token_channels)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from loco_diffusion.control.rows import Rows
@@ -46,20 +47,23 @@ class FeatureSum:
     def add(self, hidden: Tensor) -> Tensor:
         """The input layer's output plus the features; same shape and dtype.
 
+        Tokens of reference pictures, which come after the picture's, stay as they are.
+
         Raises:
             UserError: the maps are for another number or grid of tokens, or their number does not fit.
         """
         self._check(hidden)
-        return hidden + self.rows.spread_or_drop(self._sum.to(hidden), len(hidden), nothing=0.0)
+        features = self.rows.spread_or_drop(self._sum.to(hidden), len(hidden), nothing=0.0)
+        if hidden.ndim == 3 and hidden.shape[1] > features.shape[1]:
+            features = F.pad(features, (0, 0, 0, hidden.shape[1] - features.shape[1]))
+        return hidden + features
 
     def _check(self, hidden: Tensor) -> None:
+        drawn = (hidden.shape[2], hidden.shape[3]) if hidden.ndim == 4 else self.drawn_grid
         for name, features in self.conditions.items():
             rows, columns = features.grid
-            drawn = self.drawn_grid
-            if hidden.shape[1:] == features.tensor.shape[1:] and drawn in (None, features.grid):
+            if features.grid == drawn or drawn is None and rows * columns == hidden.shape[1]:
                 continue
-            if hidden.ndim == 4:
-                drawn = (hidden.shape[2], hidden.shape[3])
             picture = f"{hidden.shape[1]} tokens"
             if drawn is not None:
                 picture = f"{drawn[1] * self.token_pixels}x{drawn[0] * self.token_pixels} px"

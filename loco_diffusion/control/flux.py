@@ -42,6 +42,9 @@ class FluxFamily(LatentFamily):
         "pooled_projection_dim",
     )
 
+    def __init__(self) -> None:
+        self._grid: tuple[Tensor, tuple[int, int]] | None = None
+
     def self_attentions(self, denoiser: nn.Module) -> list[nn.Module]:
         model = unwrapped(denoiser)
         return [block.attn for block in (*model.transformer_blocks, *model.single_transformer_blocks)]
@@ -53,11 +56,15 @@ class FluxFamily(LatentFamily):
         return unwrapped(denoiser).config.in_channels  # the model takes packed tokens
 
     def grid(self, arguments: Mapping[str, Any]) -> tuple[int, int] | None:
+        """The picture's tokens are those with 0 on the first axis."""
         ids = arguments.get("img_ids")
         if not isinstance(ids, Tensor):
             return None
-        rows, columns = (ids.flatten(0, -2).amax(0)[1:3] + 1).tolist()
-        return int(rows), int(columns)
+        if self._grid is None or self._grid[0] is not ids:  # to read them waits for the device
+            flat = ids.flatten(0, -2)
+            rows, columns = (flat[flat[:, 0] == 0].amax(0)[1:3] + 1).tolist()
+            self._grid = ids, (int(rows), int(columns))
+        return self._grid[1]
 
     @torch.no_grad()
     def encode_prompts(self, pipe: Pipeline, prompts: list[str]) -> dict[str, Tensor]:

@@ -71,7 +71,7 @@ class JointFlux:
         """As the model's.
 
         Raises:
-            UserError: residuals of a ControlNet or an IP-Adapter are given.
+            UserError: residuals of a ControlNet or an IP-Adapter are given, or the memory does not suffice.
         """
         if (
             any(value is not None and value is not False for value in others.values())
@@ -89,18 +89,25 @@ class JointFlux:
             _Part(hidden, time, model.pos_embed(img_ids)),
             *(self._part(c, hidden, timestep, guidance, pooled_projections) for c in self.conditions),
         ]
+        try:
+            output = model.proj_out(model.norm_out(self._through_blocks(parts), time))
+        except torch.OutOfMemoryError as error:
+            raise _out_of_memory([part.hidden.shape[1] for part in parts]) from error
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def _through_blocks(self, parts: list[_Part]) -> Tensor:
+        """What the blocks make of the picture's tokens."""
         mask = self._mask(parts)
-        for block in model.transformer_blocks:
+        for block in self.denoiser.transformer_blocks:
             parts = self._run(_double, block, parts, mask)
         text, picture, *conditions = parts
         length = text.hidden.shape[1]
         cosines, sines = (torch.cat(pair) for pair in zip(text.rotary, picture.rotary, strict=True))
         together = torch.cat([text.hidden, picture.hidden], dim=1)
         parts = [replace(picture, hidden=together, rotary=(cosines, sines)), *conditions]
-        for block in model.single_transformer_blocks:
+        for block in self.denoiser.single_transformer_blocks:
             parts = self._run(_single, block, parts, mask)
-        output = model.proj_out(model.norm_out(parts[0].hidden[:, length:], time))
-        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+        return parts[0].hidden[:, length:]
 
     def _run(
         self, step: Callable[..., list[Tensor]], block: nn.Module, parts: list[_Part], mask: Tensor | None
@@ -160,6 +167,15 @@ class JointFlux:
             others[own] = False
             mask[:, :, own, others] = -torch.inf
         return mask
+
+
+def _out_of_memory(lengths: list[int]) -> UserError:
+    """The error of parts with so many tokens, those of the text and the picture first."""
+    return UserError(
+        f"The memory does not suffice for {sum(lengths)} tokens in each step, of which {sum(lengths[2:])} are of joint "
+        "conditions: give smaller maps, or use adapters trained with a greater TokensConfig(stride=...) or with "
+        "TokensConfig(joint=False)."
+    )
 
 
 def _double(block: Any, parts: list[_Part], mask: Tensor | None) -> list[Tensor]:

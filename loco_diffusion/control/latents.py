@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -48,8 +48,20 @@ class LatentFamily:
     def guidance_copies(self, pipe: Pipeline) -> int:
         return 2 if getattr(pipe, "do_classifier_free_guidance", False) else 1
 
-    def watched(self, pipe: Pipeline) -> AbstractContextManager[None]:
-        return nullcontext()
+    def asks_one_half(self, arguments: Mapping[str, Any]) -> bool:
+        return False
+
+    @contextmanager
+    def watched(self, pipe: Pipeline) -> Iterator[None]:
+        """Pipelines remember the guidance of their last run, which does not count in this one."""
+        before = getattr(pipe, "_guidance_scale", None)
+        if before is not None:
+            pipe._guidance_scale = 1.0
+        try:
+            yield
+        finally:
+            if before is not None:
+                pipe._guidance_scale = before
 
     def hidden_size(self, denoiser: nn.Module) -> int:
         config = unwrapped(denoiser).config

@@ -21,12 +21,14 @@ class Rows:
 
     Attributes:
         unconditional: whether the unconditional half sees the condition.
+        alone: whether this call of the denoiser is for the conditional half only, whatever `copies` says.
         later: whether the denoiser has been called in this step.
     """
 
     def __init__(self, copies: Callable[[], int]) -> None:
         self._copies = copies
         self.unconditional = True
+        self.alone = False
         self.later = False
 
     def spread(self, conditions: Tensor, rows: int) -> Tensor:
@@ -43,9 +45,9 @@ class Rows:
             UserError: the conditions cannot be dealt out to the rows.
         """
         number = len(conditions)
-        if number in (1, rows):
+        if number == 1:
             return conditions
-        times = self._copies()
+        times = 1 if self.alone else self._copies()
         if rows % (number * times):
             raise UserError(
                 f"There are {number} condition maps for {rows // times} pictures; pass one map, or as many maps as "
@@ -64,8 +66,8 @@ class Rows:
         return torch.cat([torch.full_like(spread[:dropped], nothing), spread[dropped:]])
 
     def _dropped(self, rows: int) -> int:
-        if self.unconditional:
+        if self.unconditional or self.alone:
             return 0
         if self._copies() == 1:
             return rows if self.later else 0
-        return 0 if self.later else rows // 2  # skip-layer guidance (SD3) has one more, conditional call
+        return rows // 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,10 @@ TIMESTEPS = 1000  # of training; the model counts time in them
 
 
 class SanaFamily(LatentFamily):
-    """The Family of Sana models; see there for shapes and ranges."""
+    """The Family of Sana models; see there for shapes and ranges.
+
+    Sana-Sprint, which has embedded guidance, also counts time from 0 to 1.
+    """
 
     linear_attention = True
     patch = 1
@@ -44,14 +48,20 @@ class SanaFamily(LatentFamily):
     def encode_prompts(self, pipe: Pipeline, prompts: list[str]) -> dict[str, Tensor]:
         """prompt_embeds (B, L, D), under the stock pipeline's instruction to the language model, and
         prompt_attention_mask (B, L), 1 where there is a token."""
-        embeds, mask, _, _ = pipe.encode_prompt(
+        guided = {} if _is_distilled(pipe.transformer) else {"do_classifier_free_guidance": False}
+        embeds, mask, *_ = pipe.encode_prompt(
             prompts,
-            do_classifier_free_guidance=False,
             clean_caption=call_default(pipe, "clean_caption"),
             max_sequence_length=self.text_length(pipe),
             complex_human_instruction=call_default(pipe, "complex_human_instruction"),
+            **guided,
         )
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+
+    def guidance_arguments(self, pipe: Pipeline, guidance: float, batch: int) -> dict[str, Any]:
+        if _is_distilled(pipe.transformer):
+            return {"guidance_scale": guidance}
+        return super().guidance_arguments(pipe, guidance, batch)
 
     def predict(
         self,
@@ -64,12 +74,25 @@ class SanaFamily(LatentFamily):
     ) -> Tensor:
         model = unwrapped(denoiser)
         embeds = stack_rows(text, len(latents))
+        time, scale = sigma.to(latents.device), None
+        if _is_distilled(model):
+            scale = torch.full_like(time, 1.0 if guidance is None else guidance, dtype=model.dtype)
+            scale = scale * model.config.guidance_embeds_scale
+        else:
+            time = time * TIMESTEPS * model.config.timestep_scale
         with spread_patches(model.patch_embed, latents, stride):
             velocity: Tensor = denoiser(
                 latents.to(model.dtype),
                 encoder_hidden_states=embeds["prompt_embeds"].to(model.dtype),
                 encoder_attention_mask=embeds["prompt_attention_mask"],
-                timestep=sigma.to(latents.device) * TIMESTEPS * model.config.timestep_scale,
+                guidance=scale,
+                timestep=time,
                 return_dict=False,
             )[0]
         return velocity
+
+
+def _is_distilled(denoiser: Any) -> bool:
+    """Whether the model is a Sana-Sprint."""
+    distilled: bool = unwrapped(denoiser).config.guidance_embeds
+    return distilled

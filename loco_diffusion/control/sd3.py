@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,10 @@ class SD3Family(LatentFamily):
         """The joint ones, and those of SD3.5 that leave the text out."""
         blocks = unwrapped(denoiser).transformer_blocks
         return [attn for block in blocks for attn in (block.attn, block.attn2) if attn is not None]
+
+    def asks_one_half(self, arguments: Mapping[str, Any]) -> bool:
+        """Skip-layer guidance predicts the conditional half once more, without some of the layers."""
+        return arguments.get("skip_layers") is not None
 
     @torch.no_grad()
     def encode_prompts(self, pipe: Pipeline, prompts: list[str]) -> dict[str, Tensor]:

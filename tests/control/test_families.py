@@ -306,8 +306,25 @@ def test_each_picture_of_a_batch_has_its_own_condition(tiny: Tiny, pipe: Any, ro
     with controller(canny=images[:1]):
         shared = tiny.draw(pipe, prompts, latents=noise, num_images_per_prompt=2, **tiny.guided)
     torch.testing.assert_close(shared[:2], together[:2], atol=1e-4, rtol=1e-4)
-    with controller(canny=images), pytest.raises(UserError, match="2 condition maps for 1 pictures"):
-        tiny.draw(pipe)
+    for arguments in ({}, tiny.guided):
+        with controller(canny=images), pytest.raises(UserError, match="2 condition maps for 1 pictures"):
+            tiny.draw(pipe, **arguments)
+
+
+@torch.no_grad()
+def test_each_prediction_of_a_batch_has_its_own_condition(tiny: Tiny, pipe: Any, route: Route) -> None:
+    """Whatever guidance the pipeline has had before."""
+    controller = Controller(pipe)
+    add(controller, route)
+    tiny.draw(pipe, num_inference_steps=1, **tiny.guided)
+    images = maps(tiny, batch=2)
+    latents = latents_of(controller, pipe, images, batch=2)
+    with controller(canny=images):
+        together = predict(controller, pipe, latents)
+    for row in range(2):
+        with controller(canny=images[row, None]):
+            alone = predict(controller, pipe, latents[row, None])
+        torch.testing.assert_close(together[row, None], alone, atol=1e-5, rtol=1e-5)
 
 
 def test_several_conditions_of_both_routes(tiny: Tiny, pipe: Any) -> None:

@@ -111,6 +111,22 @@ def test_other_conditions_beside_it_are_refused(controller: Controller, settings
         pass
 
 
+@torch.no_grad()
+def test_too_many_tokens_for_the_memory(flux: FluxPipeline, controller: Controller) -> None:
+    def full(*args: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    stock = draw(flux)
+    hook = flux.transformer.single_transformer_blocks[0].attn.norm_q.register_forward_hook(full)
+    with (
+        controller(canny=condition_map()),
+        pytest.raises(UserError, match=r"20 tokens in each step, of which 4 .*stride=\.\.\."),
+    ):
+        draw(flux)
+    hook.remove()
+    assert torch.equal(draw(flux), stock)
+
+
 def test_control_nets_are_refused(flux: FluxPipeline, controller: Controller) -> None:
     given = arguments(controller, flux, 1, time=0.5)
     with (

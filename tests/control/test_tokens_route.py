@@ -8,6 +8,7 @@ import pytest
 import torch
 from control_helpers import condition_map, draw, randomise
 from diffusers import FluxPipeline
+from torch import Tensor
 
 from loco_diffusion import Controller, LoCOConfig
 from loco_diffusion.control import CacheSettings, EncoderConfig, TokensConfig
@@ -39,15 +40,15 @@ def test_twice_the_attention_to_one_is_one_attention_to_each_of_two(
 
 
 def test_the_condition_pass_is_made_once(flux: FluxPipeline, controller: Controller) -> None:
-    passes = []
+    passes, picture = [], condition_map()
     flux.transformer.register_forward_pre_hook(
         lambda m, args, kwargs: passes.append(kwargs["encoder_hidden_states"].shape[1] == 0), with_kwargs=True
     )
 
-    def condition_passes(**given: Any) -> int:
+    def condition_passes(image: Tensor = picture, **given: Any) -> int:
         passes.clear()
-        with controller(canny=condition_map(), **given):
-            draw(flux)
+        with controller(canny=image, **given):
+            draw(flux, height=image.shape[-2])
         return sum(passes)
 
     assert condition_passes() == condition_passes() == 1  # what is trained gets a graph each time
@@ -58,6 +59,9 @@ def test_the_condition_pass_is_made_once(flux: FluxPipeline, controller: Control
     assert condition_passes() == condition_passes(strength=0.5) == 0
     parameters[0].mul_(2)
     assert condition_passes() == 1 and condition_passes() == 0
+    for other in (condition_map(seed=1), condition_map(height=64)):
+        assert condition_passes(other) == 1 and condition_passes(other) == 0
+    assert condition_passes() == 1
     controller.clear_cache()
     assert controller.cache_nbytes == 0 and condition_passes() == 1
 

@@ -11,11 +11,14 @@ from control_helpers import condition_map, randomise
 from diffusers import DPMSolverMultistepScheduler
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from tiny_pipelines import TINY
+from tiny_pipelines.controlled import add, fresh, maps
 from tiny_pipelines.pixart import build_alpha
+from tiny_pipelines.sana import build_sprint
 from torch import Tensor
 
 from loco_diffusion import Controller, LoCOConfig
 from loco_diffusion.control import TokensConfig, family_of
+from loco_diffusion.control.adapter import Route
 from loco_diffusion.control.patch_positions import spread_patches
 from loco_diffusion.errors import UserError
 
@@ -198,3 +201,63 @@ def test_a_scheduler_that_draws_noise_still_gets_the_generator() -> None:
 
     with controller(canny=condition_map(), start=0.5):
         assert torch.equal(draw(), draw())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("unconditional", [True, False])
+def test_skip_layer_guidance_of_sd3(route: Route, unconditional: bool) -> None:
+    """Its third prediction, of the conditional half alone, has the conditions of that half."""
+    tiny, pipe = TINY["sd3"], fresh(TINY["sd3"])
+    controller = Controller(pipe)
+    add(controller, route)
+    skipping = {
+        "skip_guidance_layers": [0],
+        "skip_layer_guidance_start": 0.0,
+        "skip_layer_guidance_stop": 1.0,
+    }
+    arguments = {**tiny.guided, **skipping}
+    noise = torch.randn(4, *tiny.draw(pipe).shape[1:], generator=torch.Generator().manual_seed(1))
+    prompts, images = ["a cone", "a cube"], maps(tiny, batch=2)
+    with controller(canny=images, unconditional=unconditional):
+        together = tiny.draw(pipe, prompts, latents=noise, num_images_per_prompt=2, **arguments)
+        without = tiny.draw(pipe, prompts, latents=noise, num_images_per_prompt=2, **tiny.guided)
+    assert not torch.equal(together, without)
+    for row in (1, 2):
+        with controller(canny=images[row // 2, None], unconditional=unconditional):
+            alone = tiny.draw(pipe, prompts[row // 2], latents=noise[row, None], **arguments)
+        torch.testing.assert_close(together[row, None], alone, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_sana_sprint(route: Route) -> None:
+    """What `predict` asks of it is what its pipeline asks, whose steps are of another kind; and it is controlled."""
+    tiny, pipe = TINY["sana"], build_sprint()
+    pipe.set_progress_bar_config(disable=True)
+    family, calls = family_of(pipe), []
+    hook = pipe.transformer.register_forward_hook(
+        lambda module, args, kwargs, output: calls.append((args, kwargs, output[0])), with_kwargs=True
+    )
+
+    def draw() -> Tensor:
+        size = {"height": 32, "width": 64, "num_inference_steps": 2, "output_type": "latent"}
+        generator = torch.Generator().manual_seed(0)
+        return pipe("a cube", generator=generator, guidance_scale=4.5, **size, **tiny.call).images
+
+    stock = draw()
+    hook.remove()
+    (latents,), arguments, expected = calls[0]
+    text = family.encode_prompts(pipe, ["a cube"])
+    predicted = family.predict(pipe.transformer, latents, arguments["timestep"], text, guidance=4.5)
+    torch.testing.assert_close(predicted, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(family.predict(pipe.transformer, latents, arguments["timestep"], text), predicted)
+    assert family.guidance_arguments(pipe, 4.5, 1) == {"guidance_scale": 4.5}
+
+    controller = Controller(pipe)
+    add(controller, route)
+    assert torch.equal(draw(), stock)
+    drawn = []
+    for seed in range(2):
+        with controller(canny=maps(tiny, seed=seed, scale=(1, 2))):
+            drawn.append(draw())
+    assert all((a - b).abs().max() > 1e-4 for a, b in ((drawn[0], stock), (drawn[1], stock), tuple(drawn)))
+    assert torch.equal(draw(), stock)

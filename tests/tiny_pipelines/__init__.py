@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, Literal
 
@@ -151,3 +151,16 @@ TINY = {
         Tiny("sdxl", _build("sdxl"), side=64, guided=_GUIDED, free=_FREE),
     )
 }
+"""One for each family, and for those of its pipelines that guide in another way."""
+
+# Their denoisers are like those of Stable Diffusion and FLUX.2.
+DENOISERS = {name: tiny for name, tiny in TINY.items() if name not in ("sdxl", "flux2_klein")}
+
+PIPELINES = TINY | {
+    "pixart_alpha": replace(
+        TINY["pixart"],
+        name="pixart_alpha",
+        build=lambda: import_module(f"{__name__}.pixart").build_alpha(),
+    )
+}
+"""One for each file in `pipelines/`."""

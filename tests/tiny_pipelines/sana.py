@@ -1,17 +1,34 @@
-"""A tiny Sana."""
+"""A tiny Sana, and a tiny Sana-Sprint."""
 
 from __future__ import annotations
 
 import string
+from typing import Any
 
 import torch
 from conftest import TEXT_LENGTH
-from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
+from diffusers import (
+    AutoencoderDC,
+    FlowMatchEulerDiscreteScheduler,
+    SanaPipeline,
+    SanaSprintPipeline,
+    SanaTransformer2DModel,
+    SCMScheduler,
+)
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
 
 def build() -> SanaPipeline:
     """32 wide, two blocks, linear attention; 12 text tokens, 8-px image tokens."""
+    return SanaPipeline(**_components(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+
+
+def build_sprint() -> SanaSprintPipeline:
+    """With embedded guidance."""
+    return SanaSprintPipeline(**_components(guidance_embeds=True), scheduler=SCMScheduler())
+
+
+def _components(guidance_embeds: bool = False) -> dict[str, Any]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         transformer = SanaTransformer2DModel(
@@ -26,6 +43,7 @@ def build() -> SanaPipeline:
             cross_attention_dim=32,
             caption_channels=16,
             qk_norm="rms_norm_across_heads",
+            guidance_embeds=guidance_embeds,
         )
         vae = AutoencoderDC(
             latent_channels=4,
@@ -56,13 +74,12 @@ def build() -> SanaPipeline:
                 head_dim=8,
             )
         )
-    return SanaPipeline(
-        tokenizer=tokenizer,
-        text_encoder=text_encoder.eval(),
-        vae=vae.eval(),
-        transformer=transformer.eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-    )
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": text_encoder.eval(),
+        "vae": vae.eval(),
+        "transformer": transformer.eval(),
+    }
 
 
 def _tokenizer() -> GemmaTokenizer:
