@@ -388,7 +388,7 @@ def test_a_condition_may_act_for_a_part_of_the_steps(tiny: Tiny, pipe: Any, rout
 @pytest.mark.parametrize("route", ["tokens"])
 @torch.no_grad()
 def test_compiled_as_a_whole_and_only_once(tiny: Tiny, pipe: Any, route: Route) -> None:
-    """Also where it is compiled before there is any control. (The encoder route: see test_schedule, test_unet_family.)"""
+    """Also where it is compiled before there is any control. (See test_schedule and test_unet_family, too.)"""
     controller = Controller(pipe)
     add(controller, route)
     with controller(canny=maps(tiny)):
