@@ -196,6 +196,11 @@ class TrainingConfig(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Type of the frozen base's weights; what is trained is always float32."
     )
+    quantization: Literal["int8", "nf4"] | None = Field(
+        default=None,
+        description="Of the frozen denoiser's linear layers: int8 (of torchao), or nf4, 4 bits (of bitsandbytes, on a "
+        "GPU). Adapters that are fitted to weights or their gradients need none.",
+    )
     data: Annotated[ScenesData | FolderData | DatasetData, Field(discriminator="source")] = Field(
         default=ScenesData(source="scenes"),
         description="Captioned pictures, by source: scenes, folder or dataset. Captions are cut to what the "

@@ -19,6 +19,7 @@ from loco_diffusion.bases import load_base
 from loco_diffusion.conditions import get_condition
 from loco_diffusion.control import Controller, family_of
 from loco_diffusion.errors import UserError
+from loco_diffusion.quantization import check_quantization
 from loco_diffusion.training.build import build_controller, build_schedule, build_source
 from loco_diffusion.training.checkpoints import load_checkpoint, save_checkpoint
 from loco_diffusion.training.config import TrainingConfig
@@ -59,6 +60,8 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
     except ValueError as error:
         raise UserError(f"mixed_precision {config.mixed_precision} is impossible here ({error}).") from error
     check_optimizer(config.optimizer)
+    if config.quantization:
+        check_quantization(config.quantization)
     source = build_source(config.data)
     identity = {
         "config": config.model_dump(mode="json"),
@@ -68,7 +71,8 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
     output = OutputFolder(Path(config.output))
     checkpoint = output.check(identity, resume)
     accelerator.wait_for_everyone()  # all have looked before the first writes
-    pipe: Any = load_base(None if config.base == "packaged" else config.base, getattr(torch, config.dtype))
+    base = None if config.base == "packaged" else config.base
+    pipe: Any = load_base(base, getattr(torch, config.dtype), config.quantization)
     torch.manual_seed(config.seed)  # of the adapter's initial weights
     controller = build_controller(config, pipe)
     objective = Objective(config, pipe)
