@@ -26,6 +26,7 @@ from loco_diffusion.training.config import TrainingConfig
 from loco_diffusion.training.examples import Batch, Examples, Loaded
 from loco_diffusion.training.interruption import Interruption
 from loco_diffusion.training.journal import Journal, progress_bar
+from loco_diffusion.training.launch import check_launch
 from loco_diffusion.training.objective import Objective
 from loco_diffusion.training.optimizer import Optimizer, check_optimizer
 from loco_diffusion.training.output import OutputFolder
@@ -54,6 +55,7 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
             checkpoint is intact then).
         KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, when a checkpoint is written.
     """
+    check_launch()
     AcceleratorState._reset_state()  # a second run in this process may want another precision
     try:
         accelerator = Accelerator(mixed_precision=config.mixed_precision)
