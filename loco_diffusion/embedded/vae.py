@@ -87,6 +87,7 @@ def _start_as_patches(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
     for name, module in vae.named_modules():
         if isinstance(module, torch.nn.Conv2d) and name.endswith("conv2"):
             torch.nn.init.zeros_(module.weight)
+            assert module.bias is not None
             torch.nn.init.zeros_(module.bias)
     _fit_encoder(vae, pictures)
     latents = vae.encode(pictures).latent_dist.mean
