@@ -9,12 +9,14 @@ import logging
 import os
 import secrets
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from loco_diffusion.errors import UserError
@@ -53,31 +55,70 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
             or truncated, a decompression bomb, or smaller than `MIN_SIDE` pixels.
     """
     file = _readable_file(path)
+    return decode_image(file, str(file))
+
+
+def decode_image(source: Path | bytes, name: str) -> Image.Image:
+    """What `load_image` does with a file, also for the content of one.
+
+    Args:
+        source: the path of an existing file, or what is in it.
+        name: of the picture, for messages.
+
+    Raises:
+        UserError: see `load_image`.
+    """
+    with _opened(source, name) as opened:
+        opened.load()
+        image = to_rgb(_upright(opened))
+    if min(image.size) < MIN_SIDE:
+        raise UserError(
+            f"{name} is {image.width}x{image.height} px, but a picture needs at least {MIN_SIDE} px "
+            "on each side; use a larger one."
+        )
+    return image
+
+
+def image_size(source: Path | bytes, name: str) -> tuple[int, int]:
+    """Width and height, in pixels, that `decode_image` will give, from the file's header alone.
+
+    Args:
+        source: see `decode_image`.
+        name: of the picture, for messages.
+
+    Raises:
+        UserError: the header is not one of a picture.
+    """
+    with _opened(source, name) as opened:
+        turned = False
+        with suppress(Exception):  # of damaged EXIF data, which `_upright` takes no notice of either
+            turned = opened.getexif().get(ExifTags.Base.Orientation) in range(5, 9)
+        return (opened.height, opened.width) if turned else opened.size
+
+
+@contextmanager
+def _opened(source: Path | bytes, name: str) -> Iterator[Image.Image]:
+    """The picture file, opened by Pillow; what Pillow raises in the block becomes UserError."""
     try:
         # Pillow warns above 89 megapixels, which phones take, and of odd metadata; it refuses above 179.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(file) as opened:
-                opened.load()
-                image = to_rgb(_upright(opened))
+            with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as opened:
+                yield opened
     except UnidentifiedImageError as error:
         raise UserError(
-            f"{file} is damaged or not a picture of a known format; convert an intact copy to PNG or JPEG."
+            f"{name} is damaged or not a picture of a known format; convert an intact copy to PNG or JPEG."
         ) from error
     except Image.DecompressionBombError as error:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        raise UserError(f"{file} has more than {limit:,} pixels; make it smaller first.") from error
+        raise UserError(f"{name} has more than {limit:,} pixels; make it smaller first.") from error
+    except FileNotFoundError as error:
+        raise UserError(f"{name} does not exist; check the path of the picture.") from error
     except PermissionError as error:
-        raise UserError(f"{file} cannot be read (permission denied); change its permissions.") from error
+        raise UserError(f"{name} cannot be read (permission denied); change its permissions.") from error
     except Exception as error:  # decoders meet damaged files with nearly any exception type
         cause = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{file} is damaged or truncated ({cause}); use an intact copy of it.") from error
-    if min(image.size) < MIN_SIDE:
-        raise UserError(
-            f"{file} is {image.width}x{image.height} px, but a picture needs at least {MIN_SIDE} px "
-            "on each side; use a larger one."
-        )
-    return image
+        raise UserError(f"{name} is damaged or truncated ({cause}); use an intact copy of it.") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -9,7 +9,7 @@ from loco_diffusion.conditions.canny import Canny
 from loco_diffusion.conditions.colorization import Colorization
 from loco_diffusion.conditions.deblur import Deblur
 from loco_diffusion.conditions.depth import Depth
-from loco_diffusion.conditions.mask import Mask, random_rectangle, region_from_image
+from loco_diffusion.conditions.mask import Mask, random_rectangle, random_strokes, region_from_image
 from loco_diffusion.conditions.registry import Condition, condition_names, get_condition, register_condition
 
 for _condition in (Canny(), Depth(), Mask(), Colorization(), Deblur()):
@@ -25,6 +25,7 @@ __all__ = [
     "condition_names",
     "get_condition",
     "random_rectangle",
+    "random_strokes",
     "region_from_image",
     "register_condition",
 ]

@@ -25,6 +25,11 @@ class Deblur:
     training_radii: tuple[float, float] = (1.0, 10.0)
     name: ClassVar[str] = "deblur"
 
+    def __post_init__(self) -> None:
+        least, greatest = self.training_radii
+        if not 0 <= least <= greatest:
+            raise ValueError(f"training_radii must rise from at least 0, not ({least:g}, {greatest:g})")
+
     def extract(self, image: Image.Image, rng: np.random.Generator | None = None) -> Image.Image:
         """Blur an RGB picture by `radius`, or with `rng` by a random radius from `training_radii`."""
         radius = self.radius if rng is None else rng.uniform(*self.training_radii)

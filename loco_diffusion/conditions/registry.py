@@ -38,7 +38,8 @@ class Condition(Protocol):
         Args:
             image: an RGB picture.
             rng: None for the fixed setting of evaluation and use; in training, the generator that draws the
-                random parameters of a condition which has any (deblur: the radius; mask: the rectangle).
+                random parameters of a condition which has any (deblur: the radius; mask: the region), for every
+                picture at least one.
 
         Returns:
             An RGB map of the same size; without `rng` the same one on every call.

@@ -11,15 +11,18 @@ from loco_diffusion.adapters.targets import DENOISERS, PRESETS
 from loco_diffusion.control.controller import Controller
 from loco_diffusion.control.encoder import EncoderConfig, TokensConfig
 from loco_diffusion.control.family import family_of
-from loco_diffusion.data.sources import DatasetSource, FolderSource, SceneSource, Source
+from loco_diffusion.data.hub import Columns, DatasetSource, StreamSource
+from loco_diffusion.data.sources import FolderSource, SceneSource, Source
+from loco_diffusion.data.tars import TarSource
 from loco_diffusion.errors import UserError
-from loco_diffusion.training.config import DatasetData, FolderData, ScenesData, TrainingConfig
+from loco_diffusion.training.config import TrainingConfig
+from loco_diffusion.training.data_config import Data, FolderData, ScenesData, TarData
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-def build_source(data: ScenesData | FolderData | DatasetData) -> Source:
+def build_source(data: Data) -> Source | StreamSource:
     """Open the pictures.
 
     Raises:
@@ -28,8 +31,11 @@ def build_source(data: ScenesData | FolderData | DatasetData) -> Source:
     if isinstance(data, ScenesData):
         return SceneSource(data.count, data.size)
     if isinstance(data, FolderData):
-        return FolderSource(data.path, data.size)
-    return DatasetSource(data.name, data.split, data.image_column, data.caption_column, data.size)
+        return FolderSource(data.path, data.map_field)
+    if isinstance(data, TarData):
+        return TarSource(data.path, data.image_member, data.caption_member, data.map_member)
+    columns = Columns(data.image_column, data.caption_column, data.map_column)
+    return (StreamSource if data.streaming else DatasetSource)(data.name, data.split, columns)
 
 
 def build_controller(config: TrainingConfig, pipe: DiffusionPipeline) -> Controller:
@@ -42,11 +48,13 @@ def build_controller(config: TrainingConfig, pipe: DiffusionPipeline) -> Control
     family = family_of(pipe)
     denoiser = type(family.denoiser(pipe)).__name__
     token = family.token_pixels(pipe) * (config.tokens.stride if config.tokens else 1)
-    if config.data.size % token:
-        raise UserError(
-            f"data.size is {config.data.size}, but this base needs a multiple of {token}; "
-            f"use {max(1, config.data.size // token) * token}."
-        )
+    data = config.data
+    for name in ("size", "aspect_step") if len(data.framing.sizes) > 1 else ("size",):
+        if getattr(data, name) % token:
+            raise UserError(
+                f"data.{name} is {getattr(data, name)}, but this base needs a multiple of {token}; "
+                f"use {max(1, getattr(data, name) // token) * token}."
+            )
     targets = config.adapter.target_modules
     if isinstance(targets, str) and targets in PRESETS:
         known = default_target_modules(denoiser, targets)

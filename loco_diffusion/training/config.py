@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import typing
 from pathlib import Path
@@ -12,17 +11,21 @@ import yaml
 from pydantic import (
     BaseModel,
     Field,
-    TypeAdapter,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from loco_diffusion.errors import UserError
+from loco_diffusion.training.data_config import DATA_SOURCES, Data, DatasetData, ScenesData
+from loco_diffusion.training.options import condition_with, peft_config
 from loco_diffusion.training.settings import Settings, ValidationSettings
 
 if typing.TYPE_CHECKING:
     from peft import PeftConfig
+
+    from loco_diffusion.conditions import Condition
 
 
 class EncoderSettings(Settings):
@@ -77,48 +80,7 @@ class AdapterSettings(Settings):
         Raises:
             ValueError: the method is unknown, or does not accept the options.
         """
-        config_class = _config_class(self.method)
-        hints = typing.get_type_hints(config_class)
-        options = {
-            name: _checked_option(config_class, hints, name, value) for name, value in self.options.items()
-        }
-        try:
-            return config_class(target_modules=target_modules, **options)
-        except TypeError as error:
-            raise ValueError(f"{config_class.__name__} does not accept these options ({error})") from error
-
-
-class ScenesData(Settings):
-    """The procedural world `scenes`, drawn as needed."""
-
-    source: Literal["scenes"]
-    count: int = Field(default=6000, ge=1, description="Number of scenes, the first of the training seeds.")
-    size: int = Field(default=128, ge=16, description="Side of the pictures in pixels.")
-
-
-class FolderData(Settings):
-    """A folder of pictures with a metadata.jsonl of lines {"file_name": ..., "text": ...}."""
-
-    source: Literal["folder"]
-    path: str = Field(description="The folder.")
-    size: int = Field(
-        default=512, ge=16, description="Side in pixels to which pictures are resized and cropped."
-    )
-
-
-class DatasetData(Settings):
-    """A Hugging Face data set."""
-
-    source: Literal["dataset"]
-    name: str = Field(description="Name on the hub, or a local folder.")
-    split: str = Field(default="train", description='Split, such as "train" or "train[:1000]".')
-    image_column: str = Field(default="image", description="Column of the pictures.")
-    caption_column: str = Field(
-        default="text", description="Column of the captions; of a list the first one counts."
-    )
-    size: int = Field(
-        default=512, ge=16, description="Side in pixels to which pictures are resized and cropped."
-    )
+        return peft_config(self.method, target_modules, self.options)
 
 
 class TimestepSettings(Settings):
@@ -190,10 +152,20 @@ class TrainingConfig(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Type of the frozen base's weights; what is trained is always float32."
     )
-    data: Annotated[ScenesData | FolderData | DatasetData, Field(discriminator="source")] = Field(
+    condition_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Fields of the condition's own class where maps are extracted: training_radii of deblur; "
+        "training_shapes and training_inverted of mask; low and high of canny; model and device of depth.",
+    )
+    quantization: Literal["int8", "nf4"] | None = Field(
+        default=None,
+        description="Of the frozen denoiser's linear layers: int8 (of torchao), or nf4, 4 bits (of bitsandbytes, on a "
+        "GPU). Adapters that are fitted to weights or their gradients need none.",
+    )
+    data: Annotated[Data, Field(discriminator="source")] = Field(
         default=ScenesData(source="scenes"),
-        description="Captioned pictures, by source: scenes, folder or dataset. Captions are cut to what the "
-        "base's text encoders read.",
+        description="Captioned pictures, by source: scenes, folder, dataset or tars. Captions are cut to what "
+        "the base's text encoders read.",
     )
     encoder: EncoderSettings = Field(
         default=EncoderSettings(), description="The control-condition encoder, of the encoder route."
@@ -286,8 +258,13 @@ class TrainingConfig(Settings):
     cache_gigabytes: float = Field(
         default=4.0,
         ge=0,
-        description="If latents, text embeddings and condition maps of the whole data set fit into this much "
-        "memory, they are computed once; otherwise in every step.",
+        description="Without cache_folder: text embeddings, then latents and condition maps, are computed once "
+        "if those of all pictures fit into this much memory, and otherwise in every step.",
+    )
+    cache_folder: str | None = Field(
+        default=None,
+        description="Folder in which text embeddings, latents and condition maps are kept, for this run and for "
+        "later ones with the same pictures; they are read from there as needed.",
     )
 
     @field_validator("mixed_precision", mode="before")
@@ -328,6 +305,27 @@ class TrainingConfig(Settings):
         from loco_diffusion.conditions import get_condition
 
         return get_condition(value).name
+
+    @field_validator("condition_options")
+    @classmethod
+    def _options_fit_the_condition(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        from loco_diffusion.conditions import get_condition
+
+        if "condition" in info.data:  # it is a known one
+            condition_with(get_condition(info.data["condition"]), value)
+        return value
+
+    @model_validator(mode="after")
+    def _streams_are_not_cached(self) -> TrainingConfig:
+        if isinstance(self.data, DatasetData) and self.data.streaming and self.cache_folder is not None:
+            raise ValueError("a stream is not cached; remove cache_folder or data.streaming")
+        return self
+
+    def make_condition(self) -> Condition:
+        """The condition with its options."""
+        from loco_diffusion.conditions import get_condition
+
+        return condition_with(get_condition(self.condition), self.condition_options)
 
 
 def load_config(path: str | Path) -> TrainingConfig:
@@ -374,7 +372,7 @@ def config_help() -> str:
 
 
 def _help_lines(model: type[BaseModel], indent: str) -> typing.Iterator[str]:
-    for name, field in model.model_fields.items():
+    for name, field in sorted(model.model_fields.items(), key=lambda item: item[0] != "source"):
         default = field.get_default(call_default_factory=True)
         nested = [part for part in _members(field.annotation) if _is_settings(part)]
         if typing.get_origin(field.annotation) is Literal and field.is_required():
@@ -398,7 +396,7 @@ def _is_settings(annotation: Any) -> bool:
 def _first_problem(error: ValidationError) -> str:
     """One clause about the first of the errors: where, what, what instead."""
     first = error.errors()[0]
-    tags = {"scenes", "folder", "dataset"}  # pydantic names the member of the union; the file does not
+    tags = set(DATA_SOURCES)  # pydantic names the member of the union; the file does not
     place = [str(part) for number, part in enumerate(first["loc"]) if not (number == 1 and part in tags)]
     where = "field " + ".".join(place) if place else "configuration"
     if first["type"] == "extra_forbidden":
@@ -425,47 +423,5 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
             parts = [one for one in _members(model.model_fields[str(part)].annotation) if _is_settings(one)]
             model = parts[0] if parts else model
         else:  # the tag of a data source
-            tagged: dict[str, type[BaseModel]] = {
-                "scenes": ScenesData,
-                "folder": FolderData,
-                "dataset": DatasetData,
-            }
-            model = tagged.get(str(part), model)
+            model = DATA_SOURCES.get(str(part), model)
     return list(model.model_fields)
-
-
-def _config_class(method: str) -> type[Any]:
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    import loco_diffusion.adapters  # noqa: F401  (registers our methods with peft)
-
-    classes = {
-        str(key.value).lower(): config_class
-        for key, config_class in PEFT_TYPE_TO_CONFIG_MAPPING.items()
-        if "target_modules" in {field.name for field in dataclasses.fields(config_class)}
-    }
-    if method.lower() not in classes:
-        close = difflib.get_close_matches(method.lower(), classes, n=1)
-        remedy = f"did you mean {close[0]}" if close else f"choose one of {', '.join(sorted(classes))}"
-        raise ValueError(f"there is no adapter method {method!r}; {remedy}")
-    return classes[method.lower()]
-
-
-def _checked_option(config_class: type[PeftConfig], hints: dict[str, Any], name: str, value: Any) -> Any:
-    """The value in the type that the config class declares: peft itself would take r: "four"."""
-    from peft import PeftConfig
-
-    reserved = {field.name for field in dataclasses.fields(PeftConfig)} | {"target_modules"}
-    known = [field.name for field in dataclasses.fields(config_class) if field.name not in reserved]
-    if name == "target_modules":
-        raise ValueError("target_modules belongs beside options, not into it; move it")
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        remedy = f"did you mean {close[0]}" if close else f"choose from {', '.join(known)}"
-        raise ValueError(f"{config_class.__name__} has no option {name!r}; {remedy}")
-    if "Literal" in str(hints[name]):
-        return value  # peft lists patterns such as pissa_niter_[number] there; its classes check them
-    try:
-        return TypeAdapter(hints[name]).validate_python(value)
-    except ValidationError as error:
-        raise ValueError(f"option {name}: {error.errors()[0]['msg']}, got {value!r}; correct it") from error

@@ -23,6 +23,7 @@ FREE_FIELDS = frozenset(
         "log_every",
         "log_with",
         "cache_gigabytes",
+        "cache_folder",
         "validation",
     }
 )

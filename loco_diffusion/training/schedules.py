@@ -1,9 +1,8 @@
-"""Schedules of a run: learning rate, noise levels, order of the data. Pure functions of the step."""
+"""Schedules of a run: learning rate, noise levels. Pure functions of the step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from loco_diffusion.training.config import TimestepSettings, TrainingConfig
 
-_ORDER, _DRAWS = 1, 2  # keep the random streams of one seed apart
+_DRAWS = 2  # keeps the random stream apart from those of `data.batches`
 
 
 def learning_rate_schedule(config: TrainingConfig) -> Callable[[int], float]:
@@ -65,18 +64,3 @@ def sample_sigmas(count: int, settings: TimestepSettings, rng: np.random.Generat
 def draws_of(seed: int, batch: int, process: int) -> np.random.Generator:
     """The generator of everything random in one batch; equal after a resume without any stored state."""
     return np.random.default_rng([seed, _DRAWS, batch, process])
-
-
-def batch_indices(seed: int, batch: int, size: int, shard: range) -> list[int]:
-    """Which examples are in a batch (0-based) of `size`: a new permutation of the shard every epoch.
-
-    Batches run on from one epoch into the next, so all have the same size, even one larger than the shard.
-    """
-    positions = range(batch * size, (batch + 1) * size)
-    return [shard[_permutation(seed, p // len(shard), shard)[p % len(shard)]] for p in positions]
-
-
-@lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, shard: range) -> tuple[int, ...]:
-    rng = np.random.default_rng([seed, _ORDER, epoch, shard.start])
-    return tuple(rng.permutation(len(shard)).tolist())

@@ -30,5 +30,6 @@ class ValidationSettings(Settings):
     path: str | None = Field(
         default=None,
         description="Folder of their originals, with a metadata.jsonl. Default: the first scenes of the "
-        "validation seeds; of other data the first pictures (a tenth at most), which are not trained on then.",
+        "validation seeds; of other data the first pictures (a tenth at most), which are not trained on then; "
+        "of streams none.",
     )

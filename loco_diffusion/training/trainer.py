@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,25 @@ from torch import Tensor, nn
 
 from loco_diffusion.adapters.calibration import NUM_BATCHES
 from loco_diffusion.bases import load_base
-from loco_diffusion.conditions import get_condition
 from loco_diffusion.control import Controller, family_of
 from loco_diffusion.data.sources import Source
 from loco_diffusion.errors import UserError
+from loco_diffusion.quantization import check_quantization
 from loco_diffusion.training.build import build_controller, build_schedule, build_source
 from loco_diffusion.training.card import documents
 from loco_diffusion.training.checkpoints import load_checkpoint, save_checkpoint
 from loco_diffusion.training.config import TrainingConfig
-from loco_diffusion.training.examples import Batch, Examples, Loaded
+from loco_diffusion.training.examples import Batch, Examples
 from loco_diffusion.training.held_out import split
 from loco_diffusion.training.hub import check_push, push
 from loco_diffusion.training.interruption import Interruption
 from loco_diffusion.training.journal import read_log
+from loco_diffusion.training.launch import check_launch
 from loco_diffusion.training.objective import Objective
 from loco_diffusion.training.optimizer import Optimizer, check_optimizer
 from loco_diffusion.training.output import OutputFolder
+from loco_diffusion.training.preparation import prepare
 from loco_diffusion.training.progress import progress_bar
-from loco_diffusion.training.schedules import batch_indices, draws_of
 from loco_diffusion.training.trackers import check_trackers
 from loco_diffusion.training.trainable import Trainable
 from loco_diffusion.training.validation import StopRequested, Validation
@@ -63,21 +64,24 @@ def train(config: TrainingConfig, resume: str | Path | None = None, push_to: str
             infinite (the last checkpoint is intact then).
         KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, when a checkpoint is written.
     """
+    check_launch()
     check_trackers(config.log_with)
     output = OutputFolder(Path(config.output))
-    check_optimizer(config.optimizer)
     accelerator = _accelerator(config, output)
+    check_optimizer(config.optimizer)
+    if config.quantization:
+        check_quantization(config.quantization)
     source, held_out = split(config, build_source(config.data))
     identity = {
         "config": config.model_dump(mode="json"),
-        "pictures": len(source),
+        "pictures": len(source) if isinstance(source, Sized) else None,  # None for a stream
         "processes": accelerator.num_processes,
     }
     checkpoint = output.check(identity, resume)
     if push_to is not None and accelerator.is_main_process:
         check_push(push_to)
     accelerator.wait_for_everyone()  # all have looked before the first writes
-    pipe: Any = load_base(config.base, getattr(torch, config.dtype))
+    pipe: Any = load_base(config.base, getattr(torch, config.dtype), config.quantization)
     torch.manual_seed(config.seed)  # of the adapter's initial weights
     controller = build_controller(config, pipe)
     objective = Objective(config, pipe)
@@ -87,12 +91,11 @@ def train(config: TrainingConfig, resume: str | Path | None = None, push_to: str
     frozen = [part for part in modules if part is not denoiser]
     _move(frozen, accelerator.device)
     process = (accelerator.process_index, accelerator.num_processes)
-    condition = get_condition(config.condition)
-    examples = Examples(config, source, condition, family, pipe, accelerator.device, process)
+    examples = Examples(config, source, config.make_condition(), family, pipe, accelerator.device, process)
     with progress_bar(accelerator.is_main_process) as progress:
-        examples.prepare(progress)
-        if not examples.needs_models:
-            _move(frozen, torch.device("cpu"))
+        prepare(examples, progress)
+        accelerator.wait_for_everyone()  # a cache on disk is of all processes' making
+        _move([part for part in frozen if part not in examples.models], torch.device("cpu"))
         _move([denoiser], accelerator.device)
         denoiser.train()
         if config.gradient_checkpointing:
@@ -165,15 +168,15 @@ class _Training:
     def fit(self) -> None:
         """Choose where a new adapter turns, if its method does that from gradients."""
         if self.trainable.needs_fit:
-            batches = (self.examples.encode(self._load_batch(number)) for number in range(NUM_BATCHES))
+            batches = (self.examples.encode(self.examples.load(number)) for number in range(NUM_BATCHES))
             self.trainable.fit(self._loss, batches)
 
-    def run(self, progress: Progress, held_out: Source) -> None:
+    def run(self, progress: Progress, held_out: Source | None) -> None:
         """Take all steps that are left, with checkpoints, and save the last one.
 
         Args:
             progress: on the terminal.
-            held_out: the pictures that the run is watched by.
+            held_out: the pictures that the run is watched by, if there are any.
         """
         if self.accelerator.is_main_process:
             self.output.remove_leftovers()
@@ -207,7 +210,7 @@ class _Training:
                 with self.trainable.averaged():
                     watch.validate(self.step)
 
-    def _watch(self, progress: Progress, held_out: Source, interruption: Interruption) -> Watch:
+    def _watch(self, progress: Progress, held_out: Source | None, interruption: Interruption) -> Watch:
         validation = Validation(
             self.config,
             self.accelerator,
@@ -226,23 +229,18 @@ class _Training:
         last = self.config.steps * accumulation
         first = self.step * accumulation
         with ThreadPoolExecutor(1) as ahead:
-            pending = ahead.submit(self._load_batch, first) if first < last else None
+            pending = ahead.submit(self.examples.load, first) if first < last else None
 
             def batches(numbers: range) -> Iterator[Batch]:
                 nonlocal pending
                 for number in numbers:
                     assert pending is not None
                     loaded = pending.result()
-                    pending = ahead.submit(self._load_batch, number + 1) if number + 1 < last else None
+                    pending = ahead.submit(self.examples.load, number + 1) if number + 1 < last else None
                     yield self.examples.encode(loaded)
 
             for start in range(first, last, accumulation):
                 yield batches(range(start, start + accumulation))
-
-    def _load_batch(self, number: int) -> Loaded:
-        config, examples = self.config, self.examples
-        indices = batch_indices(config.seed, number, config.batch_size, examples.shard)
-        return examples.load(indices, draws_of(config.seed, number, self.accelerator.process_index))
 
     def _take_step(self, batches: Iterator[Batch]) -> Tensor:
         """One optimizer step; returns its loss, a tensor that was not waited for."""

@@ -16,13 +16,12 @@ from torch import nn
 
 from loco_diffusion.adapters.inspection import inspect
 from loco_diffusion.bases import is_packaged
-from loco_diffusion.conditions import get_condition
 from loco_diffusion.control import Controller, layers
 from loco_diffusion.control.family import Pipeline
 from loco_diffusion.data.sources import Source
-from loco_diffusion.generation import Session, default_sampling
+from loco_diffusion.generation import Session, default_sampling, fit_map
 from loco_diffusion.grid import picture_grid
-from loco_diffusion.images import save_image
+from loco_diffusion.images import fit, save_image
 from loco_diffusion.scoring import SCORES, TaskScores
 from loco_diffusion.training.config import TrainingConfig
 
@@ -44,7 +43,7 @@ class Validation:
         accelerator: of this process.
         controller: holds the adapter that learns.
         pipe: of the controller.
-        source: the originals.
+        source: the originals, if there are any.
         folder: where grids of pictures go.
         check_stop: called after each denoising step; raises StopRequested to give up.
 
@@ -58,7 +57,7 @@ class Validation:
         accelerator: Accelerator,
         controller: Controller,
         pipe: Pipeline,
-        source: Source,
+        source: Source | None,
         folder: Path,
         check_stop: Callable[[], None],
     ) -> None:
@@ -69,13 +68,16 @@ class Validation:
         self.check_stop = check_stop
         self.session = Session(pipe, default_sampling(pipe, is_packaged(config.base)), controller)
         self.sampling = self.session.sampling(size, size, settings.steps, settings.guidance)
-        numbers = range(min(settings.pictures, len(source)))
-        self.originals = [
-            Image.fromarray(source.picture(number).permute(1, 2, 0).numpy()) for number in numbers
+        count = min(settings.pictures, len(source)) if source is not None else 0
+        records = [source[number] for number in range(count)] if source is not None else []
+        self.captions = [record.caption for record in records]
+        self.originals = [fit(record.picture(), size, size) for record in records]
+        extract = config.make_condition().extract
+        given = [record.map() for record in records]
+        self.maps = [
+            extract(original).convert("RGB") if own is None else fit_map(own, config.condition, size, size)
+            for original, own in zip(self.originals, given, strict=True)
         ]
-        self.captions = [source.caption(number) for number in numbers]
-        extract = get_condition(config.condition).extract
-        self.maps = [extract(original).convert("RGB") for original in self.originals]
         self._free: list[Image.Image] = []
 
     def reference(self) -> dict[str, dict[str, float]]:

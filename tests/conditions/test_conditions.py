@@ -21,6 +21,7 @@ from loco_diffusion.conditions import (
     condition_names,
     get_condition,
     random_rectangle,
+    random_strokes,
     region_from_image,
     register_condition,
     registry,
@@ -179,6 +180,39 @@ def test_random_rectangles(size: tuple[int, int]) -> None:
         assert len(set(areas)) > 150
     with pytest.raises(ValueError, match="at least 2 px"):
         random_rectangle(1, 50, rng)
+
+
+@pytest.mark.parametrize("size", [(128, 96), (2, 2), (2, 300), (17, 5)])
+def test_random_strokes(size: tuple[int, int]) -> None:
+    width, height = size
+    rng, solid, seen = np.random.default_rng(0), 0, set()
+    for _ in range(50):
+        hidden = random_strokes(width, height, rng)
+        rows, columns = np.flatnonzero(hidden.any(1)), np.flatnonzero(hidden.any(0))
+        solid += hidden[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+        assert hidden.shape == (height, width) and 0.05 <= hidden.mean() <= 0.95
+        seen.add(hidden.tobytes())
+    if size == (128, 96):
+        assert len(seen) == 50 and solid < 5  # strokes are no rectangles
+    assert np.array_equal(*(random_strokes(width, height, np.random.default_rng(3)) for _ in range(2)))
+    with pytest.raises(ValueError, match="at least 2 px"):
+        random_strokes(50, 1, rng)
+
+
+def test_masks_are_of_the_shapes_that_training_asks_for() -> None:
+    def region(mask: Mask, seed: int) -> np.ndarray:
+        return mask.region(40, 30, np.random.default_rng(seed))
+
+    for seed in range(5):
+        rectangle = region(Mask(), seed)
+        assert np.array_equal(rectangle, random_rectangle(40, 30, np.random.default_rng(seed)))
+        assert np.array_equal(region(Mask(training_inverted=1.0), seed), ~rectangle)
+        strokes = random_strokes(40, 30, np.random.default_rng(seed))
+        assert np.array_equal(region(Mask(("strokes",)), seed), strokes)
+    both = Mask(("rectangle", "strokes"), training_inverted=0.5)
+    corners = [region(both, seed)[[0, 0, -1, -1], [0, -1, 0, -1]].sum() for seed in range(60)]
+    assert 15 < sum(hidden >= 3 for hidden in corners) < 45  # about half hide all but a region
+    assert np.array_equal(both.region(8, 4), Mask().region(8, 4))  # use does not change with training
 
 
 def test_import_is_light() -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
-import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
+from loco_diffusion.data.render import render
 from loco_diffusion.data.scenes import sample_scene
-from loco_diffusion.data.sources import DatasetSource, FolderSource, SceneSource
+from loco_diffusion.data.sources import FolderSource, Record, SceneSource
 from loco_diffusion.errors import UserError
 
 
@@ -32,19 +31,71 @@ def folder(tmp_path: Path) -> Path:
 
 def test_scenes_are_the_training_scenes() -> None:
     source = SceneSource(5, 32)
-    picture = source.picture(3)
-    assert picture.shape == (3, 32, 32) and picture.dtype == torch.uint8
-    assert torch.equal(picture, source.picture(3)) and not torch.equal(picture, source.picture(4))
-    assert source.caption(1) == sample_scene(1).caption
-    assert len(source) == 5
+    picture = source[3].picture()
+    assert picture.size == source[3].size() == (32, 32)
+    assert picture == source[3].picture() and picture != source[4].picture()
+    drawn = render([sample_scene(3)], 32).image[0]
+    assert np.array_equal(np.asarray(picture), (drawn * 255).round().byte().permute(1, 2, 0).numpy())
+    assert source[1].caption == sample_scene(1).caption
+    assert len(source) == 5 and source[0].map() is None
 
 
-def test_folder_fits_pictures_and_reads_captions(folder: Path) -> None:
-    source = FolderSource(folder, 16)
-    assert len(source) == 2
-    assert [source.caption(0), source.caption(1)] == ["dark", "bright"]
-    for index, value in enumerate((10, 200)):
-        assert torch.equal(source.picture(index), torch.full((3, 16, 16), value, dtype=torch.uint8))
+def test_folder_reads_pictures_and_captions(folder: Path) -> None:
+    source = FolderSource(folder)
+    assert [source[index].caption for index in range(len(source))] == ["dark", "bright"]
+    for index, size, value in ((0, (40, 20), 10), (1, (32, 32), 200)):
+        assert source[index].picture() == _picture(*size, value) and source[index].size() == size
+        assert source[index].map() is None
+
+
+def test_folder_reads_maps(folder: Path) -> None:
+    _picture(80, 40, 7).save(folder / "map.png")
+    line = {"file_name": "a.png", "text": "dark", "edges": "map.png"}
+    (folder / "metadata.jsonl").write_text(json.dumps(line))
+    assert FolderSource(folder, "edges")[0].map() == _picture(80, 40, 7)
+    with pytest.raises(UserError, match='needs the text field "depth"'):
+        FolderSource(folder, "depth")
+    (folder / "map.png").unlink()
+    with pytest.raises(UserError, match=r"names 'map.png', which does not exist"):
+        FolderSource(folder, "edges")
+
+
+def test_identities_change_with_the_part_that_changed(folder: Path) -> None:
+    def identities() -> list[str]:
+        return [FolderSource(folder).identity(part) for part in ("pictures", "captions", "maps")]
+
+    first = identities()
+    assert identities() == first
+    text = (folder / "metadata.jsonl").read_text()
+    (folder / "metadata.jsonl").write_text(text.replace("dark", "darker"))
+    assert [a == b for a, b in zip(identities(), first, strict=True)] == [True, False, True]
+    _picture(41, 20, 10).save(folder / "a.png")
+    assert [a == b for a, b in zip(identities(), first, strict=True)] == [False, False, True]
+
+
+def test_sizes_are_upright(folder: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # turned by a quarter
+    _picture(40, 20, 10).save(folder / "a.jpg", exif=exif)
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": ""}')
+    record = FolderSource(folder)[0]
+    assert record.size() == record.picture().size == (20, 40)
+
+
+def test_a_picture_that_cannot_be_read_is_named() -> None:
+    def unplugged() -> bytes:
+        raise OSError(5, "Input/output error")
+
+    for record, message in (
+        (Record("Picture 3", "", unplugged), r"Picture 3 cannot be read \(Input/output error\)"),
+        (Record("Picture 3", "", lambda: None), "Picture 3 is missing; remove its row"),
+        (Record("Picture 3", "", lambda: b"no picture"), "Picture 3 is damaged"),
+    ):
+        for read in (record.picture, record.size):
+            with pytest.raises(UserError, match=message):
+                read()
+    with pytest.raises(UserError, match="The map of picture 3 is missing"):
+        Record("Picture 3", "", lambda: None, lambda: None).map()
 
 
 @pytest.mark.parametrize(
@@ -63,69 +114,15 @@ def test_bad_metadata_is_refused(folder: Path, text: str | None, message: str) -
     if text is not None:
         (folder / "metadata.jsonl").write_text(text)
     with pytest.raises(UserError, match=message):
-        FolderSource(folder, 16)
+        FolderSource(folder)
 
 
 def test_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"does not exist; check data\.path"):
-        FolderSource(tmp_path / "nowhere", 16)
+        FolderSource(tmp_path / "nowhere")
 
 
 def test_damaged_picture_is_named(folder: Path) -> None:
     (folder / "a.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"a\.png is damaged"):
-        FolderSource(folder, 16).picture(0)
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    images = [_picture(24, 16, value) for value in (0, 100, 255)]
-    features = datasets.Features(
-        {"image": datasets.Image(), "text": datasets.Value("string"), "all": [datasets.Value("string")]}
-    )
-    captions = [["x", "y"], ["z"], ["w"]]
-    data = datasets.Dataset.from_dict(
-        {"image": images, "text": ["a", "b", None], "all": captions}, features=features
-    )
-    data.save_to_disk(str(tmp_path / "set"))
-    return tmp_path / "set"
-
-
-def test_saved_dataset(saved: Path) -> None:
-    source = DatasetSource(str(saved), "train", "image", "text", 16)
-    assert len(source) == 3
-    for index, value in enumerate((0, 100, 255)):
-        assert torch.equal(source.picture(index), torch.full((3, 16, 16), value, dtype=torch.uint8))
-    assert [source.caption(0), source.caption(1)] == ["a", "b"]
-    assert DatasetSource(str(saved), "train", "image", "all", 16).caption(0) == "x"
-
-
-def test_dataset_of_a_picture_folder(folder: Path) -> None:
-    source = DatasetSource(str(folder), "train", "image", "text", 16)
-    assert {source.caption(0), source.caption(1)} == {"bright", "dark"}
-    assert source.picture(0).shape == (3, 16, 16)
-
-
-@pytest.mark.parametrize(
-    ("split", "image", "caption", "message"),
-    [
-        ("test", "image", "text", "split 'test' .* cannot be loaded"),
-        ("train", "picture", "text", r"no column 'picture'; choose one of its columns \(image, text, all\)"),
-        ("train", "all", "text", "'all' .* holds no pictures"),
-    ],
-)
-def test_bad_dataset_settings_are_refused(
-    saved: Path, split: str, image: str, caption: str, message: str
-) -> None:
-    with pytest.raises(UserError, match=message):
-        DatasetSource(str(saved), split, image, caption, 16)
-
-
-def test_missing_caption_is_refused(saved: Path) -> None:
-    with pytest.raises(UserError, match="Caption 2 .* is no text"):
-        DatasetSource(str(saved), "train", "image", "text", 16).caption(2)
-
-
-def test_missing_dataset_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be loaded"):
-        DatasetSource(str(tmp_path / "nowhere"), "train", "image", "text", 16)
+        FolderSource(folder)[0].picture()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import loco_diffusion
+from loco_diffusion.conditions import Canny, Mask
 from loco_diffusion.errors import UserError
 from loco_diffusion.training.config import TrainingConfig, config_help, load_config, make_config
 
@@ -29,6 +30,15 @@ def test_yaml_pitfalls_are_understood(tmp_path: Path) -> None:
     assert config.mixed_precision == "no" and config.lr == 1e-3
 
 
+def test_options_reach_the_condition() -> None:
+    fields = {
+        "condition": "mask",
+        "condition_options": {"training_shapes": ["strokes"], "training_inverted": 1},
+    }
+    assert make_config({**MINIMAL, **fields}).make_condition() == Mask(("strokes",), 1.0)
+    assert make_config(MINIMAL).make_condition() == Canny()
+
+
 def test_every_field_has_its_help() -> None:
     text = config_help()
     for name in TrainingConfig.model_fields:
@@ -44,6 +54,27 @@ def test_every_field_has_its_help() -> None:
         ({"condition": "cany"}, "field condition: There is no condition 'cany'; choose one of canny,"),
         ({"data": {"source": "scenes", "cout": 2}}, "field data.cout is not known; did you mean count"),
         ({"data": {"source": "folder"}}, "field data.path is missing"),
+        (
+            {"data": {"source": "tars", "path": "x", "splt": 1}},
+            "field data.splt is not known; choose from size,",
+        ),
+        ({"data": {"source": "folder", "path": "x", "max_aspect_ratio": 2, "size": 64}}, "lower aspect_step"),
+        (
+            {"data": {"source": "dataset", "name": "x", "streaming": True}, "cache_folder": "x"},
+            "is not cached",
+        ),
+        ({"condition_options": {"lo": 1}}, "Canny has no option 'lo'; did you mean low"),
+        ({"condition_options": {"low": "few"}}, "option low: "),
+        (
+            {"condition": "mask", "condition_options": {"training_shapes": ["star"]}},
+            "field condition_options: option training_shapes: ",
+        ),
+        ({"condition": "mask", "condition_options": {"training_shapes": []}}, "training_shapes must be of"),
+        ({"condition": "mask", "condition_options": {"training_inverted": 2}}, r"must be in [0, 1], not 2"),
+        (
+            {"condition": "deblur", "condition_options": {"training_radii": [3, 1]}},
+            "must rise from at least 0",
+        ),
         ({"data": {"source": "web"}}, "field data: input tag 'web'"),
         ({"lr": float("nan")}, "field lr: input should be a finite number"),
         ({"adapter": {"method": "locoo"}}, "no adapter method 'locoo'; did you mean loco"),

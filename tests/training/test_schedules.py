@@ -1,4 +1,4 @@
-"""Learning rate, noise levels and data order."""
+"""Learning rate and noise levels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from loco_diffusion.training.config import TimestepSettings, make_config
-from loco_diffusion.training.schedules import batch_indices, draws_of, learning_rate_schedule, sample_sigmas
+from loco_diffusion.training.schedules import draws_of, learning_rate_schedule, sample_sigmas
 
 
 def _factors(steps: int, **fields: Any) -> list[float]:
@@ -41,15 +41,6 @@ def test_sigmas_have_the_right_medians() -> None:
     middle = sample_sigmas(4000, TimestepSettings(sampling="mode"), rng)
     assert middle.mean() == pytest.approx(0.5, abs=0.02)
     assert middle.min() >= 0 and middle.max() <= 1 and middle.std() < uniform.std() - 0.02
-
-
-def test_every_epoch_sees_every_example_once_in_a_new_order() -> None:
-    shard = range(1, 15, 2)  # 7 examples
-    drawn = [index for batch in range(7) for index in batch_indices(0, batch, 4, shard)]
-    epochs = [drawn[start : start + 7] for start in range(0, 28, 7)]
-    assert all(sorted(epoch) == list(shard) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert batch_indices(0, 0, 20, shard)[:4] == drawn[:4]  # a batch may be larger than the data
 
 
 def test_draws_differ_between_batches_processes_and_seeds() -> None:

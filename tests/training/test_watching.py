@@ -221,7 +221,7 @@ def test_pictures_are_held_out_of_data_that_is_not_drawn(tmp_path: Path) -> None
         (folder / "metadata.jsonl").write_text("\n".join(lines[:count]))
         config = make_config({**fields, "data": data, "validation": validation})
         sources = split(config, build_source(config.data))
-        return tuple([s.caption(i) for i in range(len(s))] for s in sources)  # type: ignore[return-value]
+        return tuple([s[i].caption for i in range(len(s))] for s in sources)  # type: ignore[return-value]
 
     everything = [f"caption {number}" for number in range(40)]
     assert parts(40, pictures=3) == (everything[3:], everything[:3])
