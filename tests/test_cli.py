@@ -209,7 +209,7 @@ def test_trains_an_adapter_that_generate_uses(
         """
     )
     assert main(["train", "config.yaml"]) == 0
-    assert capfd.readouterr().out == "Wrote run/adapter\n"
+    assert capfd.readouterr().out == "Wrote run/adapter\nSee run/report.html for curves and pictures\n"
     assert main([*tiny, "--adapter", "deblur=run/adapter", "--control", f"deblur={photo}"]) == 0
     capfd.readouterr()
     assert "--resume" in failure("train", "config.yaml")

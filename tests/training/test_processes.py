@@ -82,7 +82,7 @@ def test_two_processes_train_and_resume(flux_folder: Path, tmp_path: Path) -> No
     expected = load_file(file)
     shutil.rmtree(file.parent)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
-    _launch(*command, "--resume")
+    _launch(*command, "--resume", "latest")
     resumed = load_file(file)
     assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
     with pytest.raises(UserError, match="processes is 2 there and 1 here"):
