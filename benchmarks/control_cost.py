@@ -257,7 +257,8 @@ def sd15_ways(settings: Settings) -> dict[str, Callable[[], Way]]:
         )
         encoder = CLIPTextModel(CLIPTextConfig(vocab_size=2, hidden_size=768, num_hidden_layers=1))
         encoder = encoder.to(settings.device, torch.bfloat16)
-        parts = None, encoder, tokenizer, unet, DDIMScheduler(), None, None
+        scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
+        parts = None, encoder, tokenizer, unet, scheduler, None, None
         return StableDiffusionPipeline(*parts, requires_safety_checker=False)
 
     def step(unet: nn.Module) -> Callable[[], object]:
