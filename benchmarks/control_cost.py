@@ -4,6 +4,7 @@
     python benchmarks/control_cost.py --device cuda --layers 19
     python benchmarks/control_cost.py --model sd15
     python benchmarks/control_cost.py --width 256 --tokens 64 --text-tokens 16 --repeats 2    # a trial
+    python benchmarks/control_cost.py --model sd15 --width 32 --tokens 256 --repeats 1        # another
 
 Random bfloat16 weights of FLUX.1's width, with as many single blocks as two for each double block; LoCO adapters
 of the attention (r 4, 4 rotations). Measured are
@@ -17,7 +18,7 @@ ControlNet is diffusers' FluxControlNetModel with 5 double and 10 single blocks 
 published ones have; with fewer layers its own time, but not its memory, is scaled to that share. FluxControl
 concatenates the condition's channels to the picture's. SD1.5's ControlNet is diffusers' ControlNetModel, a copy of
 half of the UNet. All ways run in turn within each repetition; ratios are medians over the repetitions.
-Writes MODEL-DEVICE.json and .md into the folder control_cost.
+Writes MODEL-DEVICE.json and .md into the folder control_cost, after each repetition and each peak.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ CONTROLNET_SHARE = 5 / 19
 
 @dataclass(frozen=True)
 class Settings:
-    """The size of the measurement."""
+    """The size of the measurement; `width` is that of the first blocks."""
 
     model: str
     width: int
@@ -91,38 +92,42 @@ class Way(NamedTuple):
 
 
 def main(
-    model: Annotated[str, typer.Option(help="flux, or sd15 at 64 x 64 latents and 77 text tokens.")] = "flux",
-    width: Annotated[int, typer.Option(help="Of FLUX.1; a multiple of 128.")] = 3072,
-    tokens: Annotated[
-        int, typer.Option(help="Image tokens, and as many of each condition; a square.")
-    ] = 1024,
-    text_tokens: Annotated[int, typer.Option(help="Text tokens.")] = 512,
-    layers: Annotated[int, typer.Option(help="Double blocks; FLUX.1 has 19.")] = 1,
+    model: Annotated[str, typer.Option(help="flux or sd15.")] = "flux",
+    width: Annotated[int, typer.Option(help="Channels: a multiple of 128, or of 32 for sd15.")] = 0,
+    tokens: Annotated[int, typer.Option(help="Image tokens, and as many of each condition; a square.")] = 0,
+    text_tokens: Annotated[int, typer.Option(help="Text tokens.")] = 0,
+    layers: Annotated[int, typer.Option(help="Double blocks of flux; FLUX.1 has 19.")] = 1,
     repeats: Annotated[int, typer.Option(help="Repetitions; medians count.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = RESULTS / "control_cost",
 ) -> None:
-    """Measure the ways to control and write the numbers and a table."""
+    """Measure the ways to control and write the numbers and a table. Sizes that are not given are the model's."""
     if model not in WAYS:
         raise typer.BadParameter(f"--model is one of {', '.join(WAYS)}, not {model}.")
-    settings = Settings(model, width, tokens, text_tokens, layers, repeats, device)
+    own = SIZES[model]
+    settings = Settings(
+        model, width or own[0], tokens or own[1], text_tokens or own[2], layers, repeats, device
+    )
     quiet_libraries()
-    machine = describe_machine(device, PACKAGES)
-    rows = in_new_process(measure, settings)
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{model}-{device}.json"
-    results = {"settings": asdict(settings), "machine": machine, "rows": rows}
-    write(results, path, to_markdown)
+    results = {"settings": asdict(settings), "machine": describe_machine(device, PACKAGES)}
+    save = partial(_save, path, results)
+    rows = in_new_process(measure, settings, save)
     for row in rows:
         typer.echo(f"memory: {row['way']}")
         row["peak_bytes"] = in_new_process(peak_of, row["way"], settings)
-        write(results, path, to_markdown)
+        save(rows)
     typer.echo(f"Wrote {path} and {path.with_suffix('.md')}.")
 
 
+def _save(path: Path, results: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    write({**results, "rows": rows}, path, to_markdown)
+
+
 @torch.no_grad()
-def measure(settings: Settings) -> list[dict[str, Any]]:
-    """A row for each way."""
+def measure(settings: Settings, save: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
+    """A row for each way; `save` gets them after each repetition."""
     ways = {name: build() for name, build in WAYS[settings.model](settings).items()}
     samples: dict[str, dict[str, list[float]]] = {
         name: {"once": [], "step": [], "image": []} for name in ways
@@ -134,6 +139,13 @@ def measure(settings: Settings) -> list[dict[str, Any]]:
             if repetition:
                 for key, value in (("once", once), ("step", step), ("image", once + STEPS * step)):
                     samples[name][key].append(value)
+        if repetition:
+            rows = _rows(samples)
+            save(rows)
+    return rows
+
+
+def _rows(samples: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:
     reference = samples[BARE]["image"]
     return [
         {
@@ -227,13 +239,16 @@ def flux_ways(settings: Settings) -> dict[str, Callable[[], Way]]:
 def sd15_ways(settings: Settings) -> dict[str, Callable[[], Way]]:
     """The ways to control Stable Diffusion 1.5."""
     make = partial(_random, device=settings.device)
-    latents, text = make(1, 4, 64, 64), make(1, 77, 768)
-    condition = MapTokens(make(1, 64 * 64, 4).float(), (64, 64), "latents")
+    side = round(settings.tokens**0.5)
+    latents, text = make(1, 4, side, side), make(1, settings.text_tokens, 768)
+    condition = MapTokens(make(1, settings.tokens, 4).float(), (side, side), "latents")
 
     @cache
     def base() -> nn.Module:
         with torch.device(settings.device):
-            unet = UNet2DConditionModel(cross_attention_dim=768)  # its defaults are SD1.5's, but for this
+            # Its defaults are SD1.5's, but for the text.
+            widths = tuple(settings.width * factor for factor in (1, 2, 4, 4))
+            unet = UNet2DConditionModel(cross_attention_dim=768, block_out_channels=widths)
         return unet.to(torch.bfloat16).requires_grad_(False).eval()
 
     def make_pipe(unet: nn.Module) -> StableDiffusionPipeline:
@@ -250,7 +265,7 @@ def sd15_ways(settings: Settings) -> dict[str, Callable[[], Way]]:
 
     def control_net() -> Way:
         network = ControlNetModel.from_unet(base()).to(torch.bfloat16).requires_grad_(False).eval()
-        picture = make(1, 3, 512, 512)
+        picture = make(1, 3, 8 * side, 8 * side)
         extra = partial(
             network, latents, 500, encoder_hidden_states=text, controlnet_cond=picture, return_dict=False
         )
@@ -269,6 +284,8 @@ def sd15_ways(settings: Settings) -> dict[str, Callable[[], Way]]:
 
 
 WAYS = {"flux": flux_ways, "sd15": sd15_ways}
+SIZES = {"flux": (3072, 1024, 512), "sd15": (320, 64 * 64, 77)}
+"""Width, image tokens and text tokens."""
 
 
 def _controlled(
@@ -324,12 +341,12 @@ def _random(*shape: int, device: str) -> Tensor:
 def to_markdown(results: dict[str, Any]) -> str:
     """The results as a table."""
     settings = results["settings"]
-    size = "64 x 64 latents, 77 text tokens"
+    size = (
+        f"Width {settings['width']}, {settings['text_tokens']} text, {settings['tokens']} image and as many "
+        "condition tokens"
+    )
     if settings["model"] == "flux":
-        size = (
-            f"Width {settings['width']}, {settings['text_tokens']} text, {settings['tokens']} image and as many "
-            f"condition tokens, {settings['layers']} double and {2 * settings['layers']} single blocks"
-        )
+        size += f", {settings['layers']} double and {2 * settings['layers']} single blocks"
     lines = [
         f"# What control costs: {settings['model']}",
         "",

@@ -14,6 +14,7 @@ import torch
 from loco_diffusion.control.family import Pipeline
 from loco_diffusion.embedded import PACKAGED_BASES, packaged_base
 from loco_diffusion.errors import UserError
+from loco_diffusion.quantization import Quantization, quantization_config
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -24,20 +25,29 @@ Loaded = TypeVar("Loaded")
 DENOISERS = ("transformer", "unet")  # what pipelines call them
 
 
-def load_base(model: str | os.PathLike[str] | None, dtype: torch.dtype) -> Pipeline:
-    """Load a base model, on the CPU.
+def load_base(
+    model: str | os.PathLike[str] | None, dtype: torch.dtype, quantization: Quantization | None = None
+) -> Pipeline:
+    """Load a base model, on the CPU (but where the quantisation needs a GPU).
 
     Args:
         model: a folder in diffusers' format, a hub id, or the name of a packaged base ("packaged", which None is
             too, or "packaged-unet").
         dtype: of its weights.
+        quantization: of the denoiser's linear layers.
 
     Raises:
-        UserError: the model is missing or damaged.
+        UserError: the model is missing or damaged, or cannot be quantised here.
     """
     from diffusers import DiffusionPipeline
 
-    return _load(model, lambda source: DiffusionPipeline.from_pretrained(source, dtype=dtype))
+    def load(source: str) -> Pipeline:
+        if quantization is None:
+            return DiffusionPipeline.from_pretrained(source, dtype=dtype)
+        settings = quantization_config(quantization, _denoiser_name(source), dtype)
+        return DiffusionPipeline.from_pretrained(source, dtype=dtype, quantization_config=settings)
+
+    return _load(model, load)
 
 
 def load_denoiser(model: str | os.PathLike[str] | None) -> tuple[str, ModelMixin]:
@@ -56,12 +66,19 @@ def load_denoiser(model: str | os.PathLike[str] | None) -> tuple[str, ModelMixin
 
 
 def _denoiser_of(source: str) -> tuple[str, ModelMixin]:
-    from diffusers import AutoModel, DiffusionPipeline
+    from diffusers import AutoModel
+
+    name = _denoiser_name(source)
+    return name, AutoModel.from_pretrained(source, subfolder=name, dtype=torch.float32)
+
+
+def _denoiser_name(source: str) -> str:
+    from diffusers import DiffusionPipeline
 
     components = DiffusionPipeline.load_config(source)
     for name in DENOISERS:
         if name in components:
-            return name, AutoModel.from_pretrained(source, subfolder=name, dtype=torch.float32)
+            return name
     raise UserError(f"The model {source} has neither a {' nor a '.join(DENOISERS)}; give a diffusion model.")
 
 

@@ -133,7 +133,13 @@ def generate(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What to train; see --fields.")],
+    config: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CONFIG.yaml",
+            help="What to train, see --fields; or a packaged one, such as flux1-dev-canny.",
+        ),
+    ],
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the newest checkpoint, if there is one.")
     ] = False,
@@ -152,10 +158,11 @@ def train(
     For several devices: accelerate launch -m loco_diffusion.cli train CONFIG.yaml
     """
     from loco_diffusion.training.config import load_config
+    from loco_diffusion.training.packaged import find_config
     from loco_diffusion.training.trainer import train as run_training
 
     quiet_libraries()
-    folder = run_training(load_config(config), resume)
+    folder = run_training(load_config(find_config(config)), resume)
     say(f"Wrote {folder}")
 
 

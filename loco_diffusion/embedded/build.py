@@ -1,7 +1,7 @@
 """Rebuild what the package ships: `python -m loco_diffusion.embedded.build STAGE`.
 
-Stages, in the order they need one another: vae, base, unet, depth, classifier, adapters, example. Each can be stopped
-at any moment and started again; it goes on from its last checkpoint. An accelerator is used where there is one.
+Stages, in the order they need one another: vae, decoder, base, unet, depth, classifier, adapters, example. Each can be
+stopped at any moment and started again; it goes on from its last checkpoint. An accelerator is used where there is one.
 `--keep` takes a stopped training to another machine: it writes the weights of its last checkpoint into the folder
 `unfinished`, from which the stage then goes on.
 """
@@ -29,15 +29,16 @@ from loco_diffusion.embedded.classifier import build_classifier
 from loco_diffusion.embedded.depth import build_depth
 from loco_diffusion.embedded.loop import keep_unfinished
 from loco_diffusion.embedded.unet_base import build_unet_base
-from loco_diffusion.embedded.vae import build_vae
+from loco_diffusion.embedded.vae import build_vae, refine_decoder
 from loco_diffusion.quickstart import CONDITIONS
 
-STEPS = {"vae": 6000, "base": 3900, "unet": 3900, "depth": 1200, "classifier": 2600}
+STEPS = {"vae": 3000, "decoder": 4000, "base": 12000, "unet": 3900, "depth": 1200, "classifier": 3000}
 EXAMPLE_SEED = 20_000_033
 
 
 class Stage(str, Enum):
     vae = "vae"
+    decoder = "decoder"
     base = "base"
     unet = "unet"
     depth = "depth"
@@ -62,6 +63,9 @@ def main(
     if stage is Stage.vae:
         vae = build_vae(count, runs, device)
         _replace(runs / "vae" / "final", vae.save_pretrained)
+    elif stage is Stage.decoder:
+        refined = refine_decoder(count, _built_vae(runs, "vae"), runs, device)
+        _replace(runs / "decoder" / "final", refined.save_pretrained)
     elif stage is Stage.base:
         base = build_base(count, _built_vae(runs), runs, device)
         _replace(out / "base", base.to("cpu", torch.float16).save_pretrained)
@@ -80,10 +84,11 @@ def main(
         _draw_example()
 
 
-def _built_vae(runs: Path) -> AutoencoderKL:
-    """The VAE of the stage before, else the packaged one."""
-    built = runs / "vae" / "final"
-    vae = AutoencoderKL.from_pretrained(built if built.exists() else packaged_base() / "vae")
+def _built_vae(runs: Path, *stages: str) -> AutoencoderKL:
+    """The VAE of the last of these stages, by default of any, that has been through; else the packaged one."""
+    built = [runs / stage / "final" for stage in stages or ("decoder", "vae")]
+    source = next((folder for folder in built if folder.exists()), packaged_base() / "vae")
+    vae = AutoencoderKL.from_pretrained(source)
     vae.register_to_config(_name_or_path="")  # else the folder of this machine would be packaged
     return vae
 

@@ -51,6 +51,7 @@ class SceneClassifier(ModelMixin, ConfigMixin):
         self.laterals = nn.ModuleList(nn.Conv2d(width, pyramid, 1) for width in others)
         self.smooth = _convolution(pyramid, pyramid)
         self.cells = nn.Conv2d(pyramid, 1 + len(KINDS) + len(COLORS), 1)
+        assert self.cells.bias is not None
         nn.init.constant_(self.cells.bias[:1], -3)  # hardly any cell is a middle
         self.whole = nn.Linear(2 * channels[-1], len(GROUNDS) + len(PATTERNS) + len(_SKIES))
 

@@ -19,6 +19,7 @@ from loco_diffusion.images import to_pil, to_tensor
 SCENES, BATCH, MAPS = 12_000, 8, 2  # MAPS of the BATCH pictures are condition maps
 LATENT_CHANNELS, NORM_GROUPS = 32, 4
 KL_WEIGHT = 2e-4
+DECODER_SEED = 1_000_000  # other batches than those of the whole VAE
 DOWN = ("DownEncoderBlock2D",) * 4
 UP = ("UpDecoderBlock2D",) * 4
 
@@ -39,6 +40,21 @@ def build_vae(steps: int, runs: Path, device: str) -> AutoencoderKL:
     optimizer = torch.optim.AdamW(vae.parameters(), lr=8e-4, betas=(0.9, 0.99), weight_decay=1e-4)
     train(runs / "vae", vae, [optimizer], loss_of_step, steps)
     _normalise_latents(vae, pictures[:512])
+    return vae
+
+
+def refine_decoder(steps: int, vae: AutoencoderKL, runs: Path, device: str) -> AutoencoderKL:
+    """Train the decoder further, on latents that stay as they are: base models may train beside it."""
+    pictures, depths = rendered_scenes(TRAIN_SEEDS[:SCENES], runs)
+    vae.to(device, memory_format=torch.channels_last).encoder.requires_grad_(False)
+
+    def loss_of_step(step: int) -> torch.Tensor:
+        batch = _batch(pictures, depths, np.random.default_rng(DECODER_SEED + step))
+        with half_precision(device):
+            return _loss(vae, batch.to(device, memory_format=torch.channels_last), kl_weight=0.0)
+
+    optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=6e-4, betas=(0.9, 0.99), weight_decay=1e-4)
+    train(runs / "decoder", vae.decoder, [optimizer], loss_of_step, steps)
     return vae
 
 
@@ -71,6 +87,7 @@ def _start_as_patches(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
     for name, module in vae.named_modules():
         if isinstance(module, torch.nn.Conv2d) and name.endswith("conv2"):
             torch.nn.init.zeros_(module.weight)
+            assert module.bias is not None
             torch.nn.init.zeros_(module.bias)
     _fit_encoder(vae, pictures)
     latents = vae.encode(pictures).latent_dist.mean
@@ -146,14 +163,14 @@ def _least_squares(features: torch.Tensor, target: torch.Tensor) -> tuple[torch.
     return solution[:-1].T, solution[-1]
 
 
-def _loss(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
+def _loss(vae: AutoencoderKL, pictures: torch.Tensor, kl_weight: float = KL_WEIGHT) -> torch.Tensor:
     """Error of pixels and of their differences (edges are what control is about), and a light KL."""
     posterior = vae.encode(pictures).latent_dist
     decoded = vae.decode(posterior.sample()).sample
     error = decoded - pictures
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-    return error.abs().mean() + 10 * error.square().mean() + edges + KL_WEIGHT * kl
+    return error.abs().mean() + 10 * error.square().mean() + edges + kl_weight * kl
 
 
 def _batch(pictures: torch.Tensor, depths: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:

@@ -156,6 +156,11 @@ class TrainingConfig(Settings):
         description="Fields of the condition's own class where maps are extracted: training_radii of deblur; "
         "training_shapes and training_inverted of mask; low and high of canny; model and device of depth.",
     )
+    quantization: Literal["int8", "nf4"] | None = Field(
+        default=None,
+        description="Of the frozen denoiser's linear layers: int8 (of torchao), or nf4, 4 bits (of bitsandbytes, on a "
+        "GPU). Adapters that are fitted to weights or their gradients need none.",
+    )
     data: Annotated[Data, Field(discriminator="source")] = Field(
         default=ScenesData(source="scenes"),
         description="Captioned pictures, by source: scenes, folder, dataset or tars. Captions are cut to what "

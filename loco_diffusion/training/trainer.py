@@ -18,12 +18,14 @@ from loco_diffusion.adapters.calibration import NUM_BATCHES
 from loco_diffusion.bases import load_base
 from loco_diffusion.control import Controller, family_of
 from loco_diffusion.errors import UserError
+from loco_diffusion.quantization import check_quantization
 from loco_diffusion.training.build import build_controller, build_schedule, build_source
 from loco_diffusion.training.checkpoints import load_checkpoint, save_checkpoint
 from loco_diffusion.training.config import TrainingConfig
 from loco_diffusion.training.examples import Batch, Examples
 from loco_diffusion.training.interruption import Interruption
 from loco_diffusion.training.journal import Journal, progress_bar
+from loco_diffusion.training.launch import check_launch
 from loco_diffusion.training.objective import Objective
 from loco_diffusion.training.optimizer import Optimizer, check_optimizer
 from loco_diffusion.training.output import OutputFolder
@@ -52,12 +54,15 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
             checkpoint is intact then).
         KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, when a checkpoint is written.
     """
+    check_launch()
     AcceleratorState._reset_state()  # a second run in this process may want another precision
     try:
         accelerator = Accelerator(mixed_precision=config.mixed_precision)
     except ValueError as error:
         raise UserError(f"mixed_precision {config.mixed_precision} is impossible here ({error}).") from error
     check_optimizer(config.optimizer)
+    if config.quantization:
+        check_quantization(config.quantization)
     source = build_source(config.data)
     identity = {
         "config": config.model_dump(mode="json"),
@@ -67,7 +72,8 @@ def train(config: TrainingConfig, resume: bool = False) -> Path:
     output = OutputFolder(Path(config.output))
     checkpoint = output.check(identity, resume)
     accelerator.wait_for_everyone()  # all have looked before the first writes
-    pipe: Any = load_base(None if config.base == "packaged" else config.base, getattr(torch, config.dtype))
+    base = None if config.base == "packaged" else config.base
+    pipe: Any = load_base(base, getattr(torch, config.dtype), config.quantization)
     torch.manual_seed(config.seed)  # of the adapter's initial weights
     controller = build_controller(config, pipe)
     objective = Objective(config, pipe)

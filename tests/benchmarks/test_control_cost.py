@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from control_cost import BARE, PACKAGES, Settings, measure, to_markdown  # noqa: E402
@@ -12,10 +15,12 @@ from control_cost import BARE, PACKAGES, Settings, measure, to_markdown  # noqa:
 from loco_diffusion.machine import describe_machine  # noqa: E402
 
 
-def test_every_way_to_control_runs() -> None:
-    settings = Settings("flux", width=128, tokens=16, text_tokens=4, layers=1, repeats=1, device="cpu")
-    rows = measure(settings)
-    assert rows[0]["way"] == BARE and len(rows) == 10
+@pytest.mark.parametrize(("model", "width", "tokens", "ways"), [("flux", 128, 16, 10), ("sd15", 32, 64, 6)])
+def test_every_way_to_control_runs(model: str, width: int, tokens: int, ways: int) -> None:
+    settings = Settings(model, width, tokens, text_tokens=4, layers=1, repeats=1, device="cpu")
+    saved: list[list[dict[str, Any]]] = []
+    rows = measure(settings, saved.append)
+    assert saved == [rows] and rows[0]["way"] == BARE and len(rows) == ways
     assert all(row["step_ms"] > 0 and row["ratio"] > 0 for row in rows)
     rows[0]["peak_bytes"] = 2**20
     results = {"settings": asdict(settings), "machine": describe_machine("cpu", PACKAGES), "rows": rows}

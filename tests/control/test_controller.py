@@ -273,19 +273,6 @@ def test_a_style_lora_of_diffusers_stays_as_it_is(flux: FluxPipeline) -> None:
     assert torch.equal(draw(flux), styled)
 
 
-def test_compiled_denoiser(flux: FluxPipeline) -> None:
-    controller = Controller(flux)
-    add_trained(controller, "canny", target_modules=["to_q"])
-    stock = draw(flux, num_inference_steps=1)
-    with controller(canny=condition_map()):
-        expected = draw(flux, num_inference_steps=1)
-    flux.transformer.compile(backend="eager")
-    assert torch.equal(draw(flux, num_inference_steps=1), stock)  # compiled before there is any control
-    with controller(canny=condition_map()):
-        torch.testing.assert_close(draw(flux, num_inference_steps=1), expected)
-    torch._dynamo.reset()
-
-
 # Merging.
 
 

@@ -16,7 +16,7 @@ from diffusers import (
 )
 from diffusers.models.attention_dispatch import attention_backend
 from peft import LoraConfig, get_peft_model_state_dict
-from tiny_pipelines import TINY, Tiny
+from tiny_pipelines import DENOISERS, STRUCTURES, TINY, Tiny
 from tiny_pipelines.checks import add_frozen, assert_same, draw
 from tiny_pipelines.controlled import add, fresh, maps
 from torch import nn
@@ -30,6 +30,12 @@ FLUX = TINY["flux"]
 CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 on_flux = pytest.mark.parametrize("tiny", [FLUX], ids=["flux"])
+on_structures = pytest.mark.parametrize("tiny", STRUCTURES.values(), ids=STRUCTURES)
+
+
+@pytest.fixture(params=DENOISERS.values(), ids=DENOISERS)
+def tiny(request: pytest.FixtureRequest) -> Tiny:
+    return request.param
 
 
 @pytest.fixture
@@ -65,10 +71,20 @@ def stop_offloading(pipe: Any, denoiser: nn.Module) -> None:
     pipe.remove_all_hooks()
 
 
-OFFLOADS = [offload_model, offload_layers, offload_leaves, offload_blocks]
+# Hooks on every leaf depend most on how a model is built.
+with_offloading = pytest.mark.parametrize(
+    ("tiny", "offload"),
+    [
+        (tiny, offload)
+        for name, tiny in DENOISERS.items()
+        for offload in (offload_leaves, offload_model, offload_layers, offload_blocks)
+        if offload is offload_leaves or name in STRUCTURES
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
 
 
-@pytest.mark.parametrize("offload", OFFLOADS)
+@with_offloading
 def test_offloading_that_begins_and_ends(
     tiny: Tiny, pipe: Any, controller: Controller, offload: Callable[[Any, nn.Module], None]
 ) -> None:
@@ -83,7 +99,7 @@ def test_offloading_that_begins_and_ends(
     torch.testing.assert_close(tiny.draw(pipe), stock, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("offload", OFFLOADS)
+@with_offloading
 def test_an_adapter_that_comes_to_an_offloaded_denoiser(
     tiny: Tiny, pipe: Any, route: Route, offload: Callable[[Any, nn.Module], None]
 ) -> None:
@@ -105,6 +121,7 @@ def test_an_adapter_that_comes_to_an_offloaded_denoiser(
     assert_same(tiny, pipe, controller, expected, stock)
 
 
+@pytest.mark.parametrize("route", ["encoder"])
 def test_leaf_offloading_reaches_every_weight_of_an_adapter(
     tiny: Tiny, pipe: Any, controller: Controller
 ) -> None:
@@ -151,6 +168,7 @@ def condition_passes(tiny: Tiny, pipe: Any, controller: Controller) -> int:
     return made
 
 
+@on_structures
 @pytest.mark.parametrize("route", ["tokens"])
 def test_a_kept_condition_survives_what_moves_the_weights(
     tiny: Tiny, pipe: Any, controller: Controller
@@ -201,7 +219,7 @@ def test_a_quantised_denoiser(tiny: Tiny, pipe: Any, route: Route) -> None:
 # Attention.
 
 
-@pytest.mark.parametrize("backend", ["native", "_native_math", "_native_flash"])
+@pytest.mark.parametrize("backend", ["_native_math", "_native_flash"])
 def test_backends_of_torch(tiny: Tiny, pipe: Any, controller: Controller, backend: str) -> None:
     if backend == "_native_flash" and controller.family.text_in_condition:
         pytest.skip("flash attention takes no masks, which this model's text has")

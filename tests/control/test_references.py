@@ -31,7 +31,7 @@ def build(name: str) -> Any:
 
 def draw(name: str, pipe: Any, **arguments: Any) -> Tensor:
     if name == "flux":
-        arguments["_auto_resize"] = False
+        arguments |= {"_auto_resize": False, "max_area": TINY[name].side ** 2}
     return TINY[name].draw(pipe, image=REFERENCE, **arguments)
 
 

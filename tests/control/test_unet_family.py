@@ -161,12 +161,11 @@ def test_the_input_layer_may_be_adapted(pipe: Any) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("tokens", [None, TokensConfig()])
-def test_compiled_with_guidance_and_a_condition_for_each_picture(tokens: TokensConfig | None) -> None:
+def test_compiled_with_guidance_and_a_condition_for_each_picture() -> None:
     pipe = TINY["sd"].build()
     pipe.set_progress_bar_config(disable=True)
     controller = Controller(pipe)
-    controller.add_adapter("canny", LoCOConfig(r=2, num_rotations=2), tokens=tokens)
+    controller.add_adapter("canny", LoCOConfig(r=2, num_rotations=2))
     randomise(controller, "canny")
     guided = {"prompt": ["a", "b"], "guidance_scale": 3.0}
     maps = condition_map(batch=2, height=64, width=96)

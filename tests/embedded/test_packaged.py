@@ -7,6 +7,7 @@ import torch
 from diffusers import FluxPipeline
 from safetensors import safe_open
 
+from loco_diffusion.bases import load_base
 from loco_diffusion.conditions import get_condition
 from loco_diffusion.control import Controller
 from loco_diffusion.data.render import render
@@ -15,10 +16,13 @@ from loco_diffusion.embedded import (
     EXAMPLE_PICTURE,
     EXAMPLE_PROMPT,
     WEIGHTS,
+    load_packaged_classifier,
     load_packaged_pipeline,
     packaged_adapter,
 )
+from loco_diffusion.embedded.scene_classifier import truth
 from loco_diffusion.errors import UserError
+from loco_diffusion.generation import open_session
 from loco_diffusion.images import load_image, to_pil, to_tensor
 from loco_diffusion.metrics.functional import edge_f1, pixel_mse
 from loco_diffusion.quickstart import CONDITIONS
@@ -47,6 +51,22 @@ def test_the_example_is_there() -> None:
 def test_an_unknown_packaged_adapter_is_refused() -> None:
     with pytest.raises(UserError, match="pose"):
         packaged_adapter("pose")
+
+
+def test_packaged_bases_have_names(pipe: FluxPipeline) -> None:
+    named = load_base("packaged", torch.float32)
+    assert torch.equal(named.transformer.proj_out.weight, pipe.transformer.proj_out.weight)
+    session = open_session("packaged")
+    assert session.pipe.dtype == torch.float32 and session.defaults.width == 128
+
+
+def test_the_classifier_knows_scenes_it_has_never_seen() -> None:
+    scenes = [sample_scene(seed) for seed in TEST_SEEDS[:64]]
+    seen = load_packaged_classifier().classify(render(scenes).image)
+    pairs = list(zip(seen, truth(scenes), strict=True))
+    for part in ("ground", "pattern", "sky"):
+        assert sum(getattr(one, part) == getattr(real, part) for one, real in pairs) >= 61, part
+    assert sum(one.solids == real.solids for one, real in pairs) >= 56
 
 
 def test_the_vae_keeps_pictures(pipe: FluxPipeline) -> None:

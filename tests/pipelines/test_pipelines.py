@@ -322,7 +322,7 @@ def test_half_precision(tiny: Tiny, pipe: Any, folder: Path, tmp_path: Path) -> 
     torch.testing.assert_close(draw(tiny, half), expected, atol=5e-3, rtol=5e-3)
 
 
-@pytest.mark.parametrize(("prompts", "each"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(("prompts", "each"), [(2, 1), (2, 2)])
 def test_a_picture_does_not_depend_on_its_batch(tiny: Tiny, pipe: Any, prompts: int, each: int) -> None:
     generators = [torch.Generator().manual_seed(seed) for seed in range(prompts * each)]
     together = draw(
@@ -352,7 +352,7 @@ def test_both_halves_of_guidance_are_controlled_unless_told_otherwise(tiny: Tiny
     torch.testing.assert_close(draw(tiny, pipe, control_unconditional=False), drawn[0], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
 def test_outputs_come_in_every_form(tiny: Tiny, pipe: Any, output_type: str) -> None:
     arguments = {**tiny.call, **tiny.free, "num_inference_steps": 1, "output_type": output_type}
     pictures = []

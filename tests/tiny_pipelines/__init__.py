@@ -153,8 +153,11 @@ TINY = {
 }
 """One for each family, and for those of its pipelines that guide in another way."""
 
-# Their denoisers are like those of Stable Diffusion and FLUX.2.
 DENOISERS = {name: tiny for name, tiny in TINY.items() if name not in ("sdxl", "flux2_klein")}
+"""Without those whose denoiser has only parts that Stable Diffusion's and FLUX.2's have."""
+
+STRUCTURES = {name: TINY[name] for name in ("flux", "sana", "sd")}
+"""A transformer in which text and picture attend together, one with linear attention, and a UNet."""
 
 PIPELINES = TINY | {
     "pixart_alpha": replace(

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from loco_diffusion.bases import load_base
 from loco_diffusion.control.controller import Controller
 from loco_diffusion.errors import UserError
 from loco_diffusion.training.checkpoints import list_checkpoints, load_checkpoint
@@ -130,7 +132,11 @@ def test_loca_learns_locations_in_turn_at_the_start(make: Any) -> None:
             "mixed_precision": "bf16",
         },
         {"adapter": {"options": {"r": 2, "num_rotations": 2, "init": "skew"}}, "ema_decay": 0.9},
-        {"optimizer": "adamw8bit", "lr_scheduler": "cosine", "warmup_steps": 1},
+        pytest.param(
+            {"optimizer": "adamw8bit", "lr_scheduler": "cosine", "warmup_steps": 1},
+            # Not among the packages for tests: on CPUs its import speaks on standard error.
+            marks=pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes"),
+        ),
         {"optimizer": "prodigy", "lr_scheduler": "constant", "ema_decay": 0.9},
         {"adapter": {"method": "loft", "options": {"r": 4, "support": "gradient"}}},
         {"tokens": {}},
@@ -190,6 +196,25 @@ def test_checkpointed_gradients_are_the_same(make: Any) -> None:
         train(config)
         results.append(_weights(config))
     assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+
+
+def test_a_quantised_base_is_trained(make: Any, flux: Any, flux_folder: Path) -> None:
+    config = make(quantization="int8")
+    folder = train(config)
+    Controller(flux).load_adapter(folder)  # the base itself takes the adapter, too
+    assert all(line["adapter_changed"] > 0 and line["encoder_changed"] > 0 for line in _log(config)[1:])
+    pipe = load_base(flux_folder, torch.float32, "int8")
+    layer = pipe.transformer.transformer_blocks[0].attn.to_q
+    assert type(layer.weight).__name__ == "Int8Tensor"
+    expected = flux.transformer.transformer_blocks[0].attn.to_q.weight
+    torch.testing.assert_close(layer.weight.dequantize(), expected, atol=0.003, rtol=0)
+    assert not torch.equal(layer.weight.dequantize(), expected)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+def test_four_bits_need_a_gpu(make: Any) -> None:
+    with pytest.raises(UserError, match="quantization nf4 needs a GPU, and there is none; use int8"):
+        train(make(quantization="nf4"))
 
 
 def test_optimizers_that_are_not_installed_are_refused(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
