@@ -15,7 +15,7 @@ from loco_diffusion.data.scenes import COLORS, GROUNDS, KINDS, MAX_OBJECTS, PATT
 
 STRIDE = 4  # pixels along the side of a cell
 SKY_ROWS = 2.0  # the sky is in view if the horizon is at least so many rows below the top of a 128-px picture
-FOUND = 0.3  # a weaker peak is no solid
+FOUND = 0.25  # a weaker peak is no solid
 _COLORS, _GROUNDS, _SKIES = tuple(COLORS), tuple(GROUNDS), (*SKIES, None)
 
 

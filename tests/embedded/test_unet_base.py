@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -58,8 +59,13 @@ def built(runs: Path) -> StableDiffusionPipeline:
     return again
 
 
-def test_the_untrained_unet_predicts_zero_velocity() -> None:
-    pipe = unet_base.untrained_pipeline(tiny_vae())
+@pytest.fixture(scope="module")
+def untrained() -> StableDiffusionPipeline:
+    return unet_base.untrained_pipeline(tiny_vae())
+
+
+def test_the_untrained_unet_predicts_zero_velocity(untrained: StableDiffusionPipeline) -> None:
+    pipe = untrained
     assert 10e6 < sum(parameter.numel() for parameter in pipe.unet.parameters()) < 12e6
     clean, text = torch.zeros(2, 8, 4, 4), torch.randn(2, 5, unet_base.TEXT_WIDTH)
     torch.manual_seed(3)
@@ -72,9 +78,9 @@ def test_the_untrained_unet_predicts_zero_velocity() -> None:
     assert pipe.scheduler.alphas_cumprod[-1] == 0
 
 
-def test_latents_without_a_shift_mean_the_same_pictures() -> None:
+def test_latents_without_a_shift_mean_the_same_pictures(untrained: StableDiffusionPipeline) -> None:
     pictures = render([sample_scene(3)]).image
-    pipe = unet_base.untrained_pipeline(tiny_vae())
+    pipe = copy.deepcopy(untrained)
     family = family_of(pipe)
     with_shift = family.encode_pictures(pipe, pictures)
     decoded = family.decode_latents(pipe, with_shift)
@@ -88,11 +94,12 @@ def test_latents_without_a_shift_mean_the_same_pictures() -> None:
     torch.testing.assert_close(stock.detach(), decoded)
 
 
-def test_two_steps_change_every_part(built: StableDiffusionPipeline) -> None:
-    fresh = unet_base.untrained_pipeline(tiny_vae())
+def test_two_steps_change_every_part(
+    built: StableDiffusionPipeline, untrained: StableDiffusionPipeline
+) -> None:
     assert built.unet.conv_out.weight.abs().max() > 0
     for name in ("unet", "text_encoder"):
-        parts = zip(getattr(built, name).parameters(), getattr(fresh, name).parameters(), strict=True)
+        parts = zip(getattr(built, name).parameters(), getattr(untrained, name).parameters(), strict=True)
         assert any(not torch.equal(one, other) for one, other in parts), name
 
 
