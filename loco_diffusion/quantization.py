@@ -48,6 +48,8 @@ def quantization_config(kind: Quantization, component: str, dtype: torch.dtype) 
 
 def check_quantization(kind: Quantization) -> None:
     """Raise UserError if the library of a quantisation is missing, or there is no GPU for it."""
+    if kind == "nf4" and not torch.accelerator.is_available():
+        raise UserError("quantization nf4 needs a GPU, and there is none; use int8.")
     package = _PACKAGES[kind]
     try:
         import_module(package)
@@ -55,5 +57,3 @@ def check_quantization(kind: Quantization) -> None:
         raise UserError(
             f"quantization {kind} needs {package}, which cannot be imported ({error}); pip install {package}."
         ) from error
-    if kind == "nf4" and not torch.accelerator.is_available():
-        raise UserError("quantization nf4 needs a GPU, and there is none; use int8.")
