@@ -189,10 +189,10 @@ def _render(name: str, result: dict[str, Any], captions: Sequence[str]) -> str:
         "## What the classifier sees",
         markdown_table(accuracy),
         "Each solid of a caption is assigned to another seen one so that most is right; one without a partner is "
-        "wrong. Of drawn pictures the sky is judged where the classifier sees one, in "
-        f"{_percent(scores['drawn']['sky_in_view'])} of them; in the others none being in view is an answer too, "
-        f"right in {_percent(1 - scores['scenes']['sky_in_view'])} of the real scenes. Prompt accuracy is the mean "
-        "of colours, kinds, ground and sky.",
+        "wrong. Of drawn pictures the sky is judged only where the classifier sees one, in "
+        f"{_percent(scores['drawn']['sky_in_view'])} of them, since a caption does not tell that it is in view; of "
+        "the others it is judged always, none being in view as an answer of its own. Prompt accuracy is the mean of "
+        "colours, kinds, ground and sky.",
         "## VAE and depth",
         markdown_table(
             [

@@ -48,8 +48,9 @@ def load_packaged_classifier() -> SceneClassifier:
 
     from loco_diffusion.embedded.scene_classifier import SceneClassifier
 
-    network: SceneClassifier = SceneClassifier.from_pretrained(_existing(WEIGHTS / "classifier"))
-    return network.to(torch.float32).eval()
+    folder = _existing(WEIGHTS / "classifier")
+    network: SceneClassifier = SceneClassifier.from_pretrained(folder, dtype=torch.float32)
+    return network.eval()
 
 
 def packaged_adapter(condition: str) -> Path:

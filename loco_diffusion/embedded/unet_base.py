@@ -3,7 +3,8 @@
 A UNet of two levels, 16 x 16 and 8 x 8, since every token of 8 pixels already has 32 channels: a third level of 4 x 4
 would add a third to the parameters and nothing that attention at 8 x 8 does not see. One residual block a level
 instead of two, so that both levels can have attention: the 16 x 16 convolutions cost most, and the adapters that
-control this base live in its attentions, which must reach single tokens.
+control this base live in its attentions, which must reach single tokens. A training step takes about as much time as
+the first base's: 11 against 13 pictures a processor second (one thread, batches of 16, on a shared machine).
 """
 
 from __future__ import annotations
