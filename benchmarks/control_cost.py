@@ -242,6 +242,7 @@ def sd15_ways(settings: Settings) -> dict[str, Callable[[], Way]]:
     side = round(settings.tokens**0.5)
     latents, text = make(1, 4, side, side), make(1, settings.text_tokens, 768)
     condition = MapTokens(make(1, settings.tokens, 4).float(), (side, side), "latents")
+    half = MapTokens(make(1, settings.tokens // 4, 4).float(), (side // 2, side // 2), "latents")
 
     @cache
     def base() -> nn.Module:
@@ -272,14 +273,19 @@ def sd15_ways(settings: Settings) -> dict[str, Callable[[], Way]]:
         )
         return Way(step(base()), extra=extra)
 
-    controlled = partial(_controlled, base, make_pipe, step, condition)
+    controlled = partial(_controlled, base, make_pipe, step)
     encoder, tokens = EncoderConfig(input="latents"), TokensConfig()
     return {
         BARE: lambda: Way(step(base())),
-        "encoder route": partial(controlled, encoder=encoder),
-        "encoder route, merged": partial(controlled, encoder=encoder, merged=True),
-        "tokens route, 1 condition": partial(controlled, tokens=tokens),
-        "tokens route, 1 condition at strength 0.5": partial(controlled, tokens=tokens, strength=0.5),
+        "encoder route": partial(controlled, condition, encoder=encoder),
+        "encoder route, merged": partial(controlled, condition, encoder=encoder, merged=True),
+        "tokens route, 1 condition": partial(controlled, condition, tokens=tokens),
+        "tokens route, 1 condition at strength 0.5": partial(
+            controlled, condition, tokens=tokens, strength=0.5
+        ),
+        "tokens route, 1 condition of a quarter of the tokens": partial(
+            controlled, half, tokens=TokensConfig(stride=2)
+        ),
         "ControlNet": control_net,
     }
 

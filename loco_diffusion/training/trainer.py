@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 from rich.progress import Progress
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from loco_diffusion.adapters.calibration import NUM_BATCHES
 from loco_diffusion.bases import load_base
@@ -235,9 +236,11 @@ class _Training:
                 nonlocal pending
                 for number in numbers:
                     assert pending is not None
-                    loaded = pending.result()
-                    pending = ahead.submit(self.examples.load, number + 1) if number + 1 < last else None
-                    yield self.examples.encode(loaded)
+                    with record_function("training.input"):  # for benchmarks/training_step.py
+                        loaded = pending.result()
+                        pending = ahead.submit(self.examples.load, number + 1) if number + 1 < last else None
+                        batch = self.examples.encode(loaded)
+                    yield batch
 
             for start in range(first, last, accumulation):
                 yield batches(range(start, start + accumulation))
@@ -251,8 +254,9 @@ class _Training:
         total = torch.zeros((), device=accelerator.device)
         for batch in batches:
             total += self._backward(batch) / config.accumulation
-        self.optimizer.step(self.step)
-        self.trainable.average()
+        with record_function("training.optimizer"):
+            self.optimizer.step(self.step)
+            self.trainable.average()
         if self.schedule is not None:
             self.schedule.step()
         return total
@@ -261,8 +265,10 @@ class _Training:
         """The loss of a batch, and its gradient."""
         # The backward pass belongs into the context, where recomputed layers find the same condition.
         with self.controller({self.config.condition: batch.maps}, keep=batch.keep):
-            loss = self._loss(batch)
-            self.accelerator.backward(loss / self.config.accumulation)
+            with record_function("training.forward"):
+                loss = self._loss(batch)
+            with record_function("training.backward"):
+                self.accelerator.backward(loss / self.config.accumulation)
         return loss.detach()
 
     def _loss(self, batch: Batch) -> Tensor:
