@@ -123,8 +123,8 @@ def to_markdown(results: dict[str, Any]) -> str:
             "|---|---|---|",
             *rows,
             "",
-            f"Input is what a step waits for its batch. Without it a step takes {results['over_bare']:.2f} times as long as "
-            f"the bare model's own forward and backward pass to its input ({results['bare']:.1f} ms).",
+            f"Input is what a step waits for its batch. Without it a step takes {results['over_bare']:.2f} times "
+            f"as long as the bare model's own forward and backward pass to its input ({results['bare']:.1f} ms).",
             "",
             "```",
             results["operators"].strip(),
