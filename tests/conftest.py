@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 from loco_diffusion import Controller, LoCOConfig
 from loco_diffusion.cli import main
 from loco_diffusion.control import EncoderConfig
+from loco_diffusion.training.config import TrainingConfig, make_config
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 # Tiny models gain nothing from threads, and with several of them equal sums may differ in the last bit.
@@ -213,3 +215,27 @@ def failure(capfd: pytest.CaptureFixture[str], workplace: Path) -> Callable[...,
         return captured.err
 
     return run
+
+
+@pytest.fixture
+def make(flux_folder: Path, tmp_path: Path) -> Any:
+    """A function that makes a small configuration of a training, with changed fields."""
+
+    def config(output: str = "run", **fields: Any) -> TrainingConfig:
+        defaults = {
+            "condition": "canny",
+            "output": str(tmp_path / output),
+            "base": str(flux_folder),
+            "data": {"source": "scenes", "count": 5, "size": 32},
+            "encoder": {"hidden_size": 16},
+            "adapter": {"options": {"r": 1, "num_rotations": 2}},
+            "steps": 4,
+            "batch_size": 2,
+            "checkpoint_every": 1,
+            "keep_checkpoints": 9,
+            "log_every": 2,
+            "validation": {"pictures": 0},
+        }
+        return make_config({**defaults, **fields})
+
+    return config

@@ -58,7 +58,7 @@ def revision_of(name_or_path: str | None) -> str | None:
 
 
 def _base_parameters(denoiser: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The base's parameters under the names that they have without adapters."""
+    """The base's parameters, but quantised ones, under the names that they have without adapters."""
     adapted: list[str] = []
     for path, module in denoiser.named_modules():
         if any(path.startswith(f"{outer}.") for outer in adapted):
@@ -67,7 +67,9 @@ def _base_parameters(denoiser: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if isinstance(module, BaseTunerLayer):
             adapted.append(path)
             own = module.get_base_layer().named_parameters()
-        yield from ((f"{path}.{name}".lstrip("."), p) for name, p in own if not p.is_meta)
+        for name, parameter in own:
+            if type(parameter.data) is Tensor and not parameter.is_meta:  # others are quantised
+                yield f"{path}.{name}".lstrip("."), parameter
 
 
 def _spread(names: list[str], count: int) -> list[str]:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from loco_diffusion.control.family import Pipeline, family_of
 from loco_diffusion.errors import UserError
-from loco_diffusion.training.config import TimestepSettings, TrainingConfig
+from loco_diffusion.training.config import TrainingConfig
 from loco_diffusion.training.examples import Batch
+from loco_diffusion.training.settings import TimestepSettings
 
 LEAST_SIGMA = 1e-3
 """For weights: the smallest noise level of the schedulers of flow-matching models, which have 1,000."""

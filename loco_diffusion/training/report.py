@@ -99,7 +99,8 @@ def _tiles(config: TrainingConfig, records: Sequence[Record]) -> list[tuple[str,
         tiles.append(
             ("trained parameters", f"{total:,}", f"{100 * total / start['base']:.3g} % of the denoiser's")
         )
-        tiles.append(("pictures", f"{start['pictures']:,}", config.data.source))
+        count = start["pictures"]
+        tiles.append(("pictures", "a stream" if count is None else f"{count:,}", config.data.source))
     return tiles
 
 

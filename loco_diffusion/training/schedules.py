@@ -10,7 +10,8 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor
 
-from loco_diffusion.training.config import TimestepSettings, TrainingConfig
+from loco_diffusion.training.config import TrainingConfig
+from loco_diffusion.training.settings import TimestepSettings
 
 _DRAWS = 2  # keeps the random stream apart from those of `data.batches`
 

@@ -166,9 +166,10 @@ def _introduction(config: TrainingConfig, sizes: Record) -> str:
     total = sum(sizes["trainable"].values())
     parts = ", ".join(f"{count:,} in the {name}" for name, count in sizes["trainable"].items())
     norms = ", ".join(f"{name} {norm:.3g}" for name, norm in sizes["norms"].items())
-    cached = "kept in memory" if sizes["cached"] else "encoded in every step"
+    pictures = "a stream of pictures" if sizes["pictures"] is None else f"{sizes['pictures']:,} pictures"
+    cached = "kept" if sizes["cached"] else "encoded in every step"
     return (
         f"Training {config.condition} with {config.adapter.method}: {total:,} parameters ({parts}), "
-        f"{100 * total / sizes['base']:.3g} % of the denoiser's {sizes['base']:,}; {sizes['pictures']:,} pictures, "
+        f"{100 * total / sizes['base']:.3g} % of the denoiser's {sizes['base']:,}; {pictures}, "
         f"{cached}. Norms at the start: {norms}."
     )

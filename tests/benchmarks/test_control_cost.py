@@ -15,7 +15,7 @@ from control_cost import BARE, PACKAGES, Settings, measure, to_markdown  # noqa:
 from loco_diffusion.machine import describe_machine  # noqa: E402
 
 
-@pytest.mark.parametrize(("model", "width", "tokens", "ways"), [("flux", 128, 16, 10), ("sd15", 32, 64, 6)])
+@pytest.mark.parametrize(("model", "width", "tokens", "ways"), [("flux", 128, 16, 10), ("sd15", 32, 64, 7)])
 def test_every_way_to_control_runs(model: str, width: int, tokens: int, ways: int) -> None:
     settings = Settings(model, width, tokens, text_tokens=4, layers=1, repeats=1, device="cpu")
     saved: list[list[dict[str, Any]]] = []

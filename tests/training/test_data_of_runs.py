@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from loco_diffusion.training.checkpoints import list_checkpoints
-from loco_diffusion.training.config import TrainingConfig, make_config
+from loco_diffusion.training.config import TrainingConfig
 from loco_diffusion.training.trainer import train
 
 BUCKETS = {"size": 64, "max_aspect_ratio": 2, "aspect_step": 16}
@@ -67,25 +68,9 @@ def _no_pause_after_an_epoch_of_a_stream(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.fixture
-def make(flux_folder: Path, tmp_path: Path) -> Any:
-    """A function that makes a small configuration, with changed fields."""
-
-    def config(output: str = "run", **fields: Any) -> TrainingConfig:
-        defaults = {
-            "condition": "canny",
-            "output": str(tmp_path / output),
-            "base": str(flux_folder),
-            "encoder": {"hidden_size": 16},
-            "adapter": {"options": {"r": 1, "num_rotations": 2}},
-            "steps": 4,
-            "batch_size": 2,
-            "checkpoint_every": 1,
-            "keep_checkpoints": 9,
-            "log_every": 1,
-        }
-        return make_config({**defaults, **fields})
-
-    return config
+def make(make: Any) -> Any:
+    """As that of all tests of training; every step's loss is logged."""
+    return partial(make, log_every=1)
 
 
 def _weights(config: TrainingConfig) -> dict[str, torch.Tensor]:

@@ -12,9 +12,10 @@ from tiny_pipelines.sd import build as build_sd
 
 from loco_diffusion.control import MapTokens
 from loco_diffusion.errors import UserError
-from loco_diffusion.training.config import TimestepSettings, TrainingConfig, make_config
+from loco_diffusion.training.config import TrainingConfig, make_config
 from loco_diffusion.training.examples import Batch
 from loco_diffusion.training.objective import FlowMatching, NoisePrediction, Objective
+from loco_diffusion.training.settings import TimestepSettings
 
 KINDS = ("epsilon", "v_prediction", "sample")
 

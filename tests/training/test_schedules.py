@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loco_diffusion.training.config import TimestepSettings, make_config
+from loco_diffusion.training.config import make_config
 from loco_diffusion.training.schedules import draws_of, learning_rate_schedule, sample_sigmas
+from loco_diffusion.training.settings import TimestepSettings
 
 
 def _factors(steps: int, **fields: Any) -> list[float]:
