@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,7 +49,8 @@ class SanaFamily(LatentFamily):
     def encode_prompts(self, pipe: Pipeline, prompts: list[str]) -> dict[str, Tensor]:
         """prompt_embeds (B, L, D), under the stock pipeline's instruction to the language model, and
         prompt_attention_mask (B, L), 1 where there is a token."""
-        guided = {} if _is_distilled(pipe.transformer) else {"do_classifier_free_guidance": False}
+        known = inspect.signature(pipe.encode_prompt).parameters  # Sana-Sprint has no unconditional half
+        guided = {"do_classifier_free_guidance": False} if "do_classifier_free_guidance" in known else {}
         embeds, mask, *_ = pipe.encode_prompt(
             prompts,
             clean_caption=call_default(pipe, "clean_caption"),

@@ -225,9 +225,10 @@ def load_custom(tiny: Tiny, folder: Path) -> Any:
 
 def aligned(pipe: Any) -> Any:
     """Weights in memory of their own: a file's, which is not aligned, may change the last bit of sums."""
-    denoiser = family_of(pipe).denoiser(pipe)
-    weights = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
-    denoiser.load_state_dict(weights, assign=True)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            for tensor in (*part.parameters(), *part.buffers()):
+                tensor.data = tensor.data.clone()
     return pipe
 
 
