@@ -164,7 +164,7 @@ def train(
 ) -> None:
     """Train an adapter for a condition.
 
-    For several devices: accelerate launch -m loco_diffusion.cli train CONFIG.yaml
+    For several devices: accelerate launch --multi_gpu -m loco_diffusion.cli train CONFIG.yaml
     """
     from loco_diffusion.training.config import load_config
     from loco_diffusion.training.packaged import find_config

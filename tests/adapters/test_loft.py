@@ -170,11 +170,7 @@ def test_fitting(support: Support, tmp_path: Path) -> None:
     expected = model.eval()(x)
     model.save_pretrained(str(tmp_path))
     loaded = PeftModel.from_pretrained(net(), str(tmp_path)).eval()  # needs no calibration
-    weights = loaded.state_dict()
-    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-    torch.testing.assert_close(
-        loaded(x), expected
-    )  # loaded memory may be aligned otherwise, and sums differ by a bit
+    assert torch.equal(loaded(x), expected)
 
 
 def base_gradient(name: str) -> Tensor:

@@ -92,7 +92,9 @@ class LOFTLayer(RotatedLayer):
         support = self.support[adapter]
         weight = self._float_weight()[1] if support in WEIGHT_SUPPORTS else None
         basis = fit_support(support, self.in_features, self.r[adapter], weight, gradient)
-        self.loft_basis[adapter] = basis.to(self._parameter(adapter).device)
+        self.loft_basis[adapter] = basis.to(
+            self._parameter(adapter).device
+        ).contiguous()  # as a loaded one is
 
     def _parameter(self, adapter: str) -> Tensor:
         return (self.loft_matrix if adapter in self.loft_matrix else self.loft_skew)[adapter]
