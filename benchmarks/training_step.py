@@ -1,9 +1,11 @@
 """Where the time of a training step goes, and what it costs beside the bare model.
 
     python benchmarks/training_step.py loco_diffusion/embedded/adapters/canny.yaml
-    python benchmarks/training_step.py flux1-dev-canny --steps 10
+    python benchmarks/training_step.py flux1-dev-canny --layers 1 --steps 10
 
-Runs the trainer itself under torch.profiler, which sums up the marks that it sets, and measures the frozen model's own
+With --layers the base is a FLUX.1 of random weights, of its width but with so many double blocks and twice as many
+single ones; it trains on scenes of the configuration's size, on the encoder route, by AdamW without accumulation or
+checkpointing. Runs the trainer itself under torch.profiler, which sums up the marks that it sets, and measures the frozen model's own
 forward and backward pass to its input, of a batch of the same data: the least that any adapter needs. Validation is
 off. Writes training_step-CONDITION-DEVICE.json and .md with the shares and the costliest operators.
 """
@@ -11,21 +13,23 @@ off. Writes training_step-CONDITION-DEVICE.json and .md with the shares and the 
 from __future__ import annotations
 
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
 import torch
 import typer
+from diffusers import FluxTransformer2DModel
 from output import RESULTS, describe, write
 from rich.progress import Progress
 from timing import milliseconds
 from torch.profiler import ProfilerActivity, profile
 
+from loco_diffusion.attention_backend import quickest_attention
 from loco_diffusion.bases import load_base
 from loco_diffusion.console import quiet_libraries
 from loco_diffusion.control import family_of
+from loco_diffusion.embedded import load_packaged_pipeline
 from loco_diffusion.machine import describe_machine
 from loco_diffusion.training.build import build_source
 from loco_diffusion.training.config import TrainingConfig, load_config, make_config
@@ -43,15 +47,54 @@ WARM_UPS = 2
 def main(
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of a packaged configuration.")],
     steps: Annotated[int, typer.Option(min=3, help="Steps of the trainer, and repetitions.")] = 20,
+    layers: Annotated[int, typer.Option(help="Double blocks of a random FLUX.1 instead of the base.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = RESULTS,
 ) -> None:
     """Measure, and write the results."""
     quiet_libraries()
     chosen = load_config(find_config(Path(config)))
-    results = measure(chosen, steps)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = f"{chosen.condition}-{device}"
+    with tempfile.TemporaryDirectory() as folder:
+        if layers:
+            make_flux(layers, Path(folder))
+            chosen = on_flux(chosen, folder)
+            name = f"flux-{name}"
+        results = measure(chosen, steps)
+    if layers:
+        results["config"]["base"] = f"FLUX.1 with {layers} + {2 * layers} blocks"
     out.mkdir(parents=True, exist_ok=True)
-    write(results, out / f"training_step-{chosen.condition}-{device}.json", to_markdown)
+    write(results, out / f"training_step-{name}.json", to_markdown)
+
+
+def make_flux(layers: int, folder: Path) -> None:
+    """Save the packaged pipeline with a random transformer of FLUX.1's width in place of its own."""
+    pipe = load_packaged_pipeline(torch.bfloat16)
+    own = pipe.transformer.config
+    with torch.device(torch.accelerator.current_accelerator(check_available=True) or "cpu"):
+        wide = FluxTransformer2DModel(
+            in_channels=own.in_channels,
+            num_layers=layers,
+            num_single_layers=2 * layers,
+            joint_attention_dim=own.joint_attention_dim,
+            pooled_projection_dim=own.pooled_projection_dim,
+        )
+    pipe.register_modules(transformer=wide.to(torch.bfloat16))
+    pipe.save_pretrained(folder)
+
+
+def on_flux(config: TrainingConfig, folder: str) -> TrainingConfig:
+    """The configuration on that base."""
+    changes = {
+        "base": folder,
+        "dtype": "bfloat16",
+        "data": {"source": "scenes", "count": 8, "size": config.data.size},
+        "tokens": None,
+        "optimizer": "adamw",
+        "accumulation": 1,
+        "gradient_checkpointing": False,
+    }
+    return make_config(config.model_dump(mode="json") | changes)
 
 
 def measure(config: TrainingConfig, steps: int) -> dict[str, Any]:
@@ -98,14 +141,20 @@ def _bare(config: TrainingConfig, repeats: int) -> float:
     batch = examples.encode(examples.load(0))
     objective = Objective(config, pipe)
     batch.latents.requires_grad_(True)
-    precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision)
+    autocast = config.mixed_precision != "no"
+    tokens = batch.latents[0, 0].numel()
 
     def once() -> None:
-        with torch.autocast(device.type, precision) if precision else nullcontext():
+        with (
+            torch.autocast(device.type, config.compute_dtype, enabled=autocast),
+            quickest_attention(device.type, config.compute_dtype, tokens),
+        ):
             loss = objective.loss(batch)
         loss.backward()
 
-    return median([milliseconds(once, device.type) for _ in range(WARM_UPS + repeats)][WARM_UPS:])
+    with profile(activities=[ProfilerActivity.CPU]):  # slows it down as it did the trainer
+        times = [milliseconds(once, device.type) for _ in range(WARM_UPS + repeats)]
+    return median(times[WARM_UPS:])
 
 
 def to_markdown(results: dict[str, Any]) -> str:

@@ -60,6 +60,8 @@ class RotatedLayer(AdaptedLayer):
         quantization: dict[str, Any] | None = None,
     ) -> None:
         self._kept: dict[tuple[str, Side], _Kept] = {}
+        # By adapter, side and dtype: B and T that come from elsewhere for a while; see loco/together.py.
+        self.given_rotations: dict[tuple[str, Side, torch.dtype], tuple[Tensor, Tensor]] = {}
         super().__init__(base_layer, adapter_name, config, quantization)
 
     # What a method supplies.
@@ -180,8 +182,8 @@ class RotatedLayer(AdaptedLayer):
         return kept.factors
 
     def _make_factors(self, adapter: str, side: Side, dtype: torch.dtype) -> _Factors:
-        rotation = None
-        if side in self.sides(adapter):
+        rotation = self.given_rotations.get((adapter, side, dtype))
+        if rotation is None and side in self.sides(adapter):
             basis, core = self.get_chain(adapter, side)
             rotation = basis.to(dtype), core.to(dtype)
         magnitude = self.get_magnitude(adapter, side)

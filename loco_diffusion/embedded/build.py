@@ -53,6 +53,9 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the finished weights go.")] = WEIGHTS,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, if not the recipe's own.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Only keep the last checkpoint's weights.")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the base's blocks, for which a C++ compiler is needed.")
+    ] = False,
 ) -> None:
     """Build one part of the packaged world."""
     if keep:
@@ -67,7 +70,7 @@ def main(
         refined = refine_decoder(count, _built_vae(runs, "vae"), runs, device)
         _replace(runs / "decoder" / "final", refined.save_pretrained)
     elif stage is Stage.base:
-        base = build_base(count, _built_vae(runs), runs, device)
+        base = build_base(count, _built_vae(runs), runs, device, compiled)
         _replace(out / "base", base.to("cpu", torch.float16).save_pretrained)
     elif stage is Stage.unet:
         unet_base = build_unet_base(count, _built_vae(runs), runs, device)

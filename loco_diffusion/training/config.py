@@ -7,6 +7,7 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from pydantic import (
     BaseModel,
@@ -214,6 +215,12 @@ class TrainingConfig(Settings):
         if isinstance(self.data, DatasetData) and self.data.streaming and self.cache_folder is not None:
             raise ValueError("a stream is not cached; remove cache_folder or data.streaming")
         return self
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of what the denoiser's layers compute in."""
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return half.get(self.mixed_precision, getattr(torch, self.dtype))
 
     def make_condition(self) -> Condition:
         """The condition with its options."""

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from loco_diffusion.adapters.calibration import NUM_BATCHES
+from loco_diffusion.adapters.loco.together import chains_together
+from loco_diffusion.attention_backend import quickest_attention
 from loco_diffusion.bases import load_base
 from loco_diffusion.control import Controller, family_of
 from loco_diffusion.data.sources import Source
@@ -263,16 +265,21 @@ class _Training:
 
     def _backward(self, batch: Batch) -> Tensor:
         """The loss of a batch, and its gradient."""
-        # The backward pass belongs into the context, where recomputed layers find the same condition.
-        with self.controller({self.config.condition: batch.maps}, keep=batch.keep):
+        config = self.config
+        # The backward pass belongs into the contexts, where recomputed layers find the same condition and chains.
+        with (
+            self.controller({config.condition: batch.maps}, keep=batch.keep),
+            chains_together(self.objective.denoiser, config.compute_dtype),
+        ):
             with record_function("training.forward"):
                 loss = self._loss(batch)
             with record_function("training.backward"):
-                self.accelerator.backward(loss / self.config.accumulation)
+                self.accelerator.backward(loss / config.accumulation)
         return loss.detach()
 
     def _loss(self, batch: Batch) -> Tensor:
-        with self.accelerator.autocast():
+        device, tokens = self.accelerator.device.type, batch.latents[0, 0].numel()
+        with self.accelerator.autocast(), quickest_attention(device, self.config.compute_dtype, tokens):
             return self.objective.loss(batch)
 
     def _report(self) -> dict[str, Any]:

@@ -91,6 +91,10 @@ class LoCOLayer(RotatedLayer):
         """Where the adapter rotates."""
         return tuple(side for side in SIDES if adapter in self._parameters_on(side, "u"))
 
+    def planes(self, adapter: str, side: Side) -> tuple[Tensor, Tensor]:
+        """U and V of a side, (num_rotations, n, r) each."""
+        return self._parameters_on(side, "u")[adapter], self._parameters_on(side, "v")[adapter]
+
     def get_chain(
         self, adapter: str, side: Side = "input", scale: float | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -100,8 +104,7 @@ class LoCOLayer(RotatedLayer):
             B: (n, 2 * r * num_rotations) and T, square.
         """
         return rotations.chain(
-            self._parameters_on(side, "u")[adapter],
-            self._parameters_on(side, "v")[adapter],
+            *self.planes(adapter, side),
             self.scaling[adapter] if scale is None else scale,
             self.rotation_map[adapter],
             self.chain_order[adapter],
@@ -136,7 +139,7 @@ class LoCOLayer(RotatedLayer):
         gradient = gradient.to(weight)
         with torch.no_grad():
             for side in self.sides(adapter):
-                u, v = self._parameters_on(side, "u")[adapter], self._parameters_on(side, "v")[adapter]
+                u, v = self.planes(adapter, side)
                 pair = weight, gradient
                 if side == "output":
                     pair = weight.transpose(0, 1), gradient.transpose(0, 1)
