@@ -17,6 +17,7 @@ import gradio as gr
 import typer
 from PIL import Image
 
+from loco_diffusion.bases import is_packaged
 from loco_diffusion.conditions import condition_names, get_condition
 from loco_diffusion.console import quiet_libraries, run_app
 from loco_diffusion.control_options import check_prompt, parse_pairs
@@ -275,8 +276,8 @@ def main(
 
 
 def _adapters(model: str | None, given: Sequence[str]) -> dict[str, str | None]:
-    """What `Session.load_adapters` takes; the packaged base has packaged adapters where none is given."""
-    sources: dict[str, str | None] = dict.fromkeys(condition_names()) if model is None else {}
+    """What `Session.load_adapters` takes; packaged bases have packaged adapters where none is given."""
+    sources: dict[str, str | None] = dict.fromkeys(condition_names()) if is_packaged(model) else {}
     sources |= parse_pairs("--adapter", given)
     if not sources:
         raise UserError(f"The packaged adapters do not fit {model}; add --adapter CONDITION=DIR_OR_HUB_ID.")

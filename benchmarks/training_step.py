@@ -5,9 +5,11 @@
 
 With --layers the base is a FLUX.1 of random weights, of its width but with so many double blocks and twice as many
 single ones; it trains on scenes of the configuration's size, on the encoder route, by AdamW without accumulation or
-checkpointing. Runs the trainer itself under torch.profiler, which sums up the marks that it sets, and measures the frozen model's own
-forward and backward pass to its input, of a batch of the same data: the least that any adapter needs. Validation is
-off. Writes training_step-CONDITION-DEVICE.json and .md with the shares and the costliest operators.
+checkpointing.
+
+Runs the trainer itself under torch.profiler, which sums up the marks that it sets, and measures, under it as well, the
+frozen model's own forward and backward pass to its input, of a batch of the same data: the least that any adapter
+needs. Validation is off. Writes training_step-CONDITION-DEVICE.json and .md with shares and the costliest operators.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def _sources(experiment: Experiment, protocol: Protocol) -> dict[str, Path]:
     if experiment.pictures != "adapters":
         return {}
     if experiment.adapters == "packaged":
-        return {task: packaged_adapter(task) for task in protocol.tasks}
+        return {task: packaged_adapter(task, protocol.base) for task in protocol.tasks}
     folders = {task: Path(experiment.adapters).resolve() / task for task in protocol.tasks}
     for task, folder in folders.items():
         if not folder.is_dir():

@@ -84,7 +84,7 @@ def _render(results: Sequence[Result], protocol: Protocol) -> str:
     ]
     if reference is not None:
         parts += ["## Ratio to no control", _table(rows, columns, _ratio_to(reference))]
-        parts += _bars(rows, reference, protocol)
+    parts += _bars(rows, protocol)
     parts += [
         "## Similarity to the original picture",
         _table(rows, similar, lambda r, task, score: number(_value(r, task, score.key))),
@@ -123,20 +123,23 @@ def _ratio_to(reference: Result) -> Callable[[Result, str, Score], str]:
     return cell
 
 
-def _bars(rows: Sequence[Result], reference: Result, protocol: Protocol) -> list[str]:
+def _bars(rows: Sequence[Result], protocol: Protocol) -> list[str]:
     """Which methods reach the protocol's bars, and by how much they miss them."""
-    lines = [["method", "experiment", "task", "bar", "ratio to no control", "result"]]
+    references = {_name(row): row for row in rows}
+    lines = [["method", "experiment", "task", "bar", "ratio", "result"]]
     for row in rows:
         if row["run_info"]["method"] == "none":
             continue
-        for task, bar in protocol.bars.items():
-            value, base = _value(row, task, bar.score), _value(reference, task, bar.score)
+        for bar in protocol.bars:
+            reference = references.get(bar.than)
+            value = _value(row, bar.task, bar.score)
+            base = _value(reference, bar.task, bar.score) if reference else None
             if value is None or not base:
                 continue
-            title = next(score.title for score in SCORES[task] if score.key == bar.score)
+            title = next(score.title for score in SCORES[bar.task] if score.key == bar.score)
             wanted = f"≥ {bar.at_least:.3g}" if bar.at_least is not None else f"≤ {bar.at_most:.3g}"
             ratio = value / base
-            cells = [task, f"{title} {wanted} × no control", f"{ratio:.3g}", verdict(bar, ratio)]
+            cells = [bar.task, f"{title} {wanted} × {bar.than}", f"{ratio:.3g}", verdict(bar, ratio)]
             lines.append([row["run_info"]["method"], _name(row), *cells])
     return ["## Bars", markdown_table(lines)] if len(lines) > 1 else []
 

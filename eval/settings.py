@@ -21,11 +21,18 @@ class Settings(BaseModel):
 
 
 class Bar(Settings):
-    """What a score must reach, as a ratio to the score without control."""
+    """What a score must reach."""
 
     score: str
     at_least: float | None = None
     at_most: float | None = None
+
+
+class RelativeBar(Bar):
+    """What a task's score must reach, as a ratio to that of the experiment `than`."""
+
+    task: str
+    than: Literal["no-control", "vae-round-trip"]
 
 
 class Protocol(Settings):
@@ -42,7 +49,7 @@ class Protocol(Settings):
     steps: int = Field(ge=1)
     guidance: float
     batch_size: int = Field(ge=1)
-    bars: dict[str, Bar] = {}
+    bars: list[RelativeBar] = []
 
     @model_validator(mode="after")
     def _scenes_are_held_out(self) -> Protocol:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 
+from loco_diffusion.bases import is_packaged
 from loco_diffusion.errors import UserError
 
 
@@ -76,13 +77,13 @@ def parse_adapters(
     """Adapters by condition, as `generation.Session.load_adapters` takes them: None for the packaged one.
 
     Raises:
-        UserError: see `parse_pairs`; or there is a model but no adapter for a condition.
+        UserError: see `parse_pairs`; or there is a model of its own but no adapter for a condition.
     """
     given = parse_pairs("--adapter", texts, conditions)
     for condition in conditions:
-        if model is not None and condition not in given:
+        if not is_packaged(model) and condition not in given:
             raise UserError(
-                f"The packaged adapters are for the packaged base only; for {model} "
+                f"The packaged adapters are for the packaged bases only; for {model} "
                 f"add --adapter {condition}=DIR_OR_HUB_ID."
             )
     return {condition: given.get(condition) for condition in conditions}

@@ -38,15 +38,23 @@ class Session:
         pipe: the stock pipeline.
         defaults: the size, steps and guidance that suit the base.
         controller: of the pipeline; default: a new one.
+        packaged: name of the packaged base whose adapters are loaded where no other is named.
 
     Raises:
         UserError: the pipeline's denoiser is of no known family.
     """
 
-    def __init__(self, pipe: Pipeline, defaults: Sampling, controller: Controller | None = None) -> None:
+    def __init__(
+        self,
+        pipe: Pipeline,
+        defaults: Sampling,
+        controller: Controller | None = None,
+        packaged: str = "packaged",
+    ) -> None:
         self.pipe = pipe
         self.controller = controller or Controller(pipe)
         self.defaults = defaults
+        self.packaged = packaged
 
     @property
     def token_pixels(self) -> int:
@@ -63,7 +71,8 @@ class Session:
             UserError: an adapter is missing or damaged, or was trained for another base or condition.
         """
         for condition, source in adapters.items():
-            self.controller.load_adapter(packaged_adapter(condition) if source is None else source, condition)
+            chosen = packaged_adapter(condition, self.packaged) if source is None else source
+            self.controller.load_adapter(chosen, condition)
             trained_for = self.controller.adapters[condition].condition
             if trained_for != condition:
                 self.controller.delete_adapter(condition)
@@ -207,7 +216,7 @@ def open_session(model: str | os.PathLike[str] | None = None, dtype: torch.dtype
     pipe.set_progress_bar_config(disable=True)
     defaults = default_sampling(pipe, packaged)
     _place(pipe)
-    return Session(pipe, defaults)
+    return Session(pipe, defaults, packaged=os.fspath(model) if packaged and model else "packaged")
 
 
 def default_sampling(pipe: Pipeline, packaged: bool) -> Sampling:

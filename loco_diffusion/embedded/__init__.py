@@ -24,8 +24,8 @@ EXAMPLE_PICTURE = _FOLDER / "examples" / "scene.png"
 EXAMPLE_PROMPT = _FOLDER / "examples" / "scene.txt"
 GUIDANCE = 2.5  # classifier-free guidance (true_cfg_scale) for the packaged base; not tuned yet
 STEPS = 20
-PACKAGED_BASES = {"packaged": "base", "packaged-unet": "unet_base"}
-"""Names of the packaged base models, with their folders."""
+PACKAGED_BASES = {"packaged": ("base", "adapters"), "packaged-unet": ("unet_base", "unet_adapters")}
+"""Names of the packaged base models, with the folders of theirs and of their adapters."""
 
 
 def packaged_base(name: str = "packaged") -> Path:
@@ -34,7 +34,7 @@ def packaged_base(name: str = "packaged") -> Path:
     Args:
         name: "packaged" for a FluxPipeline, "packaged-unet" for a StableDiffusionPipeline.
     """
-    return _existing(WEIGHTS / PACKAGED_BASES[name])
+    return _existing(WEIGHTS / PACKAGED_BASES[name][0])
 
 
 def packaged_depth_network() -> Path:
@@ -53,13 +53,17 @@ def load_packaged_classifier() -> SceneClassifier:
     return network.eval()
 
 
-def packaged_adapter(condition: str) -> Path:
+def packaged_adapter(condition: str, base: str = "packaged") -> Path:
     """Folder of the packaged LoCO adapter of a condition.
+
+    Args:
+        condition: its name.
+        base: name of the packaged base.
 
     Raises:
         UserError: none is packaged for this condition.
     """
-    return _existing(WEIGHTS / "adapters" / condition)
+    return _existing(WEIGHTS / PACKAGED_BASES[base][1] / condition)
 
 
 def load_packaged_pipeline(dtype: torch.dtype | None = None) -> FluxPipeline:

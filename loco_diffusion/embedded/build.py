@@ -1,7 +1,8 @@
 """Rebuild what the package ships: `python -m loco_diffusion.embedded.build STAGE`.
 
-Stages, in the order they need one another: vae, decoder, base, unet, depth, classifier, adapters, example. Each can be
-stopped at any moment and started again; it goes on from its last checkpoint. An accelerator is used where there is one.
+Stages, in the order they need one another: vae, decoder, base, unet, depth, classifier, adapters, unet-adapters,
+example. Each can be stopped at any moment and started again; it goes on from its last checkpoint. An accelerator is
+used where there is one.
 `--keep` takes a stopped training to another machine: it writes the weights of its last checkpoint into the folder
 `unfinished`, from which the stage then goes on.
 """
@@ -14,7 +15,6 @@ import sys
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +23,13 @@ import typer
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from loco_diffusion.embedded import EXAMPLE_PICTURE, EXAMPLE_PROMPT, WEIGHTS, packaged_base
+from loco_diffusion.embedded import (
+    EXAMPLE_PICTURE,
+    EXAMPLE_PROMPT,
+    PACKAGED_BASES,
+    WEIGHTS,
+    packaged_base,
+)
 from loco_diffusion.embedded.base import build_base
 from loco_diffusion.embedded.classifier import build_classifier
 from loco_diffusion.embedded.depth import build_depth
@@ -44,6 +50,7 @@ class Stage(str, Enum):
     depth = "depth"
     classifier = "classifier"
     adapters = "adapters"
+    unet_adapters = "unet-adapters"
     example = "example"
 
 
@@ -82,7 +89,9 @@ def main(
         classifier = build_classifier(count, runs, device)
         _replace(out / "classifier", classifier.to("cpu", torch.float16).save_pretrained)
     elif stage is Stage.adapters:
-        _build_adapters(runs, out)
+        _build_adapters("packaged", runs, out)
+    elif stage is Stage.unet_adapters:
+        _build_adapters("packaged-unet", runs, out)
     else:
         _draw_example()
 
@@ -107,16 +116,21 @@ def _replace(folder: Path, *writers: Callable[[Path], object]) -> None:
     os.replace(unfinished, folder)
 
 
-def _build_adapters(runs: Path, out: Path) -> None:
+def _build_adapters(base: str, runs: Path, out: Path) -> None:
+    """Train all adapters of a packaged base."""
     from loco_diffusion.training.config import load_config
+    from loco_diffusion.training.packaged import find_config
     from loco_diffusion.training.trainer import train
 
+    base_folder, folder = PACKAGED_BASES[base]
     for condition in CONDITIONS:
-        config = load_config(Path(str(files("loco_diffusion.embedded"))) / "adapters" / f"{condition}.yaml")
-        base = "packaged" if out == WEIGHTS else str(out / "base")
-        config = config.model_copy(update={"output": str(runs / "adapters" / condition), "base": base})
-        trained = train(config, resume="latest")
-        _replace(out / "adapters" / condition, partial(_copy_in_half_precision, trained))
+        name = f"embedded-{condition}" if base == "packaged" else f"embedded-unet-{condition}"
+        changes = {
+            "output": str(runs / folder / condition),
+            "base": base if out == WEIGHTS else str(out / base_folder),
+        }
+        trained = train(load_config(find_config(name)).model_copy(update=changes), resume="latest")
+        _replace(out / folder / condition, partial(_copy_in_half_precision, trained))
 
 
 def _copy_in_half_precision(adapter: Path, folder: Path) -> None:
