@@ -265,11 +265,13 @@ class _Training:
 
     def _backward(self, batch: Batch) -> Tensor:
         """The loss of a batch, and its gradient."""
-        config = self.config
-        # The backward pass belongs into the contexts, where recomputed layers find the same condition and chains.
+        config, dtype = self.config, self.config.compute_dtype
+        device, tokens = self.accelerator.device.type, batch.latents[0, 0].numel()
+        # The backward pass belongs into the contexts, in which recomputed layers do what they did before.
         with (
             self.controller({config.condition: batch.maps}, keep=batch.keep),
-            chains_together(self.objective.denoiser, config.compute_dtype),
+            chains_together(self.objective.denoiser, dtype),
+            quickest_attention(device, dtype, tokens),
         ):
             with record_function("training.forward"):
                 loss = self._loss(batch)
@@ -278,8 +280,7 @@ class _Training:
         return loss.detach()
 
     def _loss(self, batch: Batch) -> Tensor:
-        device, tokens = self.accelerator.device.type, batch.latents[0, 0].numel()
-        with self.accelerator.autocast(), quickest_attention(device, self.config.compute_dtype, tokens):
+        with self.accelerator.autocast():
             return self.objective.loss(batch)
 
     def _report(self) -> dict[str, Any]:

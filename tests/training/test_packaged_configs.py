@@ -16,7 +16,18 @@ from loco_diffusion.training.config import TrainingConfig, load_config, make_con
 from loco_diffusion.training.packaged import find_config, packaged_configs
 from loco_diffusion.training.trainer import train
 
-FAMILIES = {"flux1": "flux", "embedded": "flux", "sd35": "sd3", "sdxl": "sdxl", "sd15": "sd"}
+FAMILIES = {
+    "flux1": "flux",
+    "embedded": "flux",
+    "embedded-unet": "sd",
+    "sd35": "sd3",
+    "sdxl": "sdxl",
+    "sd15": "sd",
+}  # by the beginnings of names
+
+
+def _beginning(name: str) -> str:
+    return max((beginning for beginning in FAMILIES if name.startswith(beginning)), key=len)
 
 
 def _tiny(name: str, base: Path, size: int, output: Path) -> TrainingConfig:
@@ -40,7 +51,7 @@ def _tiny(name: str, base: Path, size: int, output: Path) -> TrainingConfig:
 def test_two_tiny_steps(
     name: str, make_flux: Callable[..., Any], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    tiny = TINY[FAMILIES[name.partition("-")[0]]]
+    tiny = TINY[FAMILIES[_beginning(name)]]
     pipe = make_flux(guidance_embeds=True) if name.startswith("flux1") else tiny.build()
     pipe.save_pretrained(tmp_path / "base")
     folder = train(_tiny(name, tmp_path / "base", tiny.side, tmp_path / "run"))
@@ -56,7 +67,7 @@ def test_every_setting_that_is_asked_for_has_its_file() -> None:
     flux = [config for name, config in configs.items() if name.startswith("flux1-dev-")]
     assert {c.condition for c in flux} == {"canny", "depth", "mask", "colorization", "deblur"}
     assert {c.base for c in flux} == {"black-forest-labs/FLUX.1-dev"} and {c.data.size for c in flux} == {512}
-    assert {name.partition("-")[0] for name in configs} == FAMILIES.keys()
+    assert {_beginning(name) for name in configs} == FAMILIES.keys()
     for name, config in configs.items():
         assert config.condition == name.rpartition("-")[2]
 

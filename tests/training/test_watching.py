@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import runpy
 import shutil
+import signal
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from loco_diffusion.data.render import render
 from loco_diffusion.data.scenes import VALIDATION_SEEDS, sample_scene
 from loco_diffusion.embedded import packaged_adapter
 from loco_diffusion.errors import UserError
-from loco_diffusion.generation import Sampling, open_session
+from loco_diffusion.generation import Sampling, Session, open_session
 from loco_diffusion.images import to_pil
 from loco_diffusion.scoring import TaskScores
 from loco_diffusion.training.card import snippet
@@ -78,6 +80,29 @@ def test_validation_changes_nothing_that_is_learnt(
         assert all(torch.equal(watched[name], unwatched[name]) for name in watched)
     assert _events(blind, "validation")[0]["scores"] == {} and not (tmp_path / "blind" / "samples").exists()
     assert (tmp_path / "blind" / "report.html").is_file()
+
+
+def test_a_signal_while_pictures_are_drawn_loses_nothing(
+    run: TrainingConfig, flux_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = _config(flux_folder, tmp_path / "stopped")
+    draw = Session.generate
+
+    def interrupted(self: Session, *arguments: Any, **options: Any) -> list[Image.Image]:
+        if options["maps"]:  # those without control are drawn before the first step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(self, *arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Session, "generate", interrupted)
+        train(stopped)
+    output = Path(stopped.output)
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-00000002"]
+    assert not (output / "samples").exists()
+    train(stopped, resume="latest")
+    for file in ("adapter_model.safetensors", "control_encoder.safetensors"):
+        uninterrupted, resumed = (load_file(Path(c.output) / "adapter" / file) for c in (run, stopped))
+        assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
 
 
 def test_scores_are_those_of_the_saved_adapter(run: TrainingConfig, flux_folder: Path) -> None:
