@@ -126,6 +126,7 @@ def training_config(study: Study, run: Run, output: Path) -> TrainingConfig:
         "decay": 0.3,
         "mixed_precision": "bf16",
         "seed": run.seed,
+        "cache_folder": str(output.parent / "cache"),  # of all runs; encoding takes longer than a short run
         "validation": {"pictures": 0},  # scored below, and the time is the training's alone
     }
     if method.tokens:

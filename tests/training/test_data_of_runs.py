@@ -157,7 +157,16 @@ def test_cached_equals_uncached_and_a_second_run_reuses_the_cache(
 def test_two_processes_share_data_and_cache(make: Any, pictures: Path, tmp_path: Path) -> None:
     config = make(data=_data(pictures, "tars"), cache_folder=str(tmp_path / "cache"))
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]
     command = [
         *launch,
         "--num_machines",

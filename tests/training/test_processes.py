@@ -25,7 +25,16 @@ TESTS = Path(__file__).parents[1]
 
 def _launch(*arguments: str) -> None:
     """Run a script, or with -m a module, in two processes."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]
     command += [
         "--num_machines",
         "1",
