@@ -12,6 +12,7 @@ import yaml
 EVAL = Path(__file__).parents[2] / "eval"
 sys.path.insert(0, str(EVAL))
 import study  # noqa: E402
+import study_profile  # noqa: E402
 from settings import Study, read  # noqa: E402
 from study_report import best_rate  # noqa: E402
 
@@ -66,6 +67,17 @@ def test_the_table_names_every_method(out: Path) -> None:
     table = (out / "README.md").read_text()
     assert all(f"| {method} |" in table for method in TOY["methods"])
     assert (out / "canny.png").exists()
+
+
+def test_profiles_of_the_trained_adapters(toy: Path, out: Path) -> None:
+    arguments = ["--study", toy, "--runs", toy.parent / "runs", "--out", toy.parent / "results"]
+    assert study_profile.main([str(argument) for argument in arguments]) == 0
+    rows = [line.split(" | ") for line in (out / "profile-canny.md").read_text().splitlines()]
+    lora, loco = (next(row for row in rows if row[0] == f"| {method}") for method in TOY["methods"])
+    for row in (lora, loco):
+        assert 0 < float(row[2]) < 0.1 and float(row[3]) > 0 and float(row[4]) >= 1  # after one step
+    assert lora[5] == "–" and 0 < float(loco[5].removesuffix("°")) < 10
+    assert (out / "profile-canny.png").exists()
 
 
 def test_a_wrong_method_is_refused(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
