@@ -1,6 +1,6 @@
 """Where the time of a training step goes, and what it costs beside the bare model.
 
-    python benchmarks/training_step.py loco_diffusion/embedded/adapters/canny.yaml
+    python benchmarks/training_step.py embedded-canny
     python benchmarks/training_step.py flux1-dev-canny --layers 1 --steps 10
 
 With --layers the base is a FLUX.1 of random weights, of its width but with so many double blocks and twice as many

@@ -96,7 +96,7 @@ def _with_adapters(experiment: Experiment, adapters: Path | None) -> Experiment:
 def _run(experiment: Experiment, protocol: Protocol, count: int, folder: Path, progress: Progress) -> Path:
     """Run one experiment on the first `count` pictures and write its result."""
     sources = _sources(experiment, protocol)
-    session = open_session(None if protocol.base == "packaged" else protocol.base)
+    session = open_session(protocol.base)
     environment = describe_environment(session)
     session.load_adapters(sources)
     started = time.monotonic()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +33,8 @@ from loco_diffusion.images import to_pil
 from loco_diffusion.machine import describe_machine
 from loco_diffusion.scoring import TaskScores
 from loco_diffusion.training.config import TrainingConfig, make_config
+from loco_diffusion.training.journal import read_log
+from loco_diffusion.training.report import training_seconds
 from loco_diffusion.training.trainer import train
 
 PACKAGES = ("torch", "diffusers", "peft")
@@ -127,7 +128,7 @@ def training_config(study: Study, run: Run, output: Path) -> TrainingConfig:
         "mixed_precision": "bf16",
         "seed": run.seed,
         "cache_folder": str(output.parent / "cache"),  # of all runs; encoding takes longer than a short run
-        "validation": {"pictures": 0},  # scored below, and the time is the training's alone
+        "validation": {"pictures": 0},  # scored below
     }
     if method.tokens:
         fields["tokens"] = {}
@@ -138,7 +139,6 @@ def _take(study: Study, run: Run, runs: Path, folder: Path) -> Path:
     """Train, score and write the result of one run; its checkpoints are then no longer needed."""
     output = runs / Path(run.file_name).stem
     config = training_config(study, run, output)
-    started = time.monotonic()
     diverged = ""
     try:
         adapter: Path | None = train(config, resume="latest")
@@ -146,10 +146,10 @@ def _take(study: Study, run: Run, runs: Path, folder: Path) -> Path:
         if "diverged" not in str(error):
             raise
         adapter, diverged = None, str(error)
-    seconds = time.monotonic() - started
+    seconds = training_seconds(config, read_log(output / "log.jsonl"))
     result: dict[str, Any] = {"run": run.model_dump(), "diverged": diverged, "seconds": round(seconds, 1)}
     if adapter is not None:
-        session = open_session(None if study.base == "packaged" else study.base)
+        session = open_session(study.base)
         session.load_adapters({run.task: adapter})
         parts = {
             "validation": VALIDATION_SEEDS[: study.validation_pictures],

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Annotated
 
 import torch
@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from report import markdown_table, write_text
 from settings import FOLDER, Study, read
 from study import Run
-from study_report import best_rate, read_results
+from study_report import Result, best_runs, spread, values_of
 from torch import nn
 
 from loco_diffusion.adapters.inspection import inspect
@@ -32,9 +32,8 @@ from loco_diffusion.generation import open_session
 from loco_diffusion.scoring import SCORES
 
 SHOWN = 32  # singular values of a change
-SATURATED = (
-    120.0  # degrees: a Cayley rotation turns by 2 atan(a / 2), whose slope has fallen to a quarter there
-)
+# Degrees: a Cayley rotation turns by 2 atan(a / 2), whose slope has fallen to a quarter there.
+SATURATED = 120.0
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -74,21 +73,20 @@ def profile(
     study = read(Study, "studies", name)
     folder = out / study.name
     quiet_libraries()
-    profiles = dict(_profiles(study, task, runs / study.name, folder))
+    by_method = best_runs(folder, task, [name for name, one in study.methods.items() if not one.tokens])
+    profiles = dict(_profiles(study, by_method, runs / study.name))
     if not profiles:
         raise UserError(f"{runs / study.name} holds no trained adapters of {task}; run eval/study.py first.")
     _draw(folder / f"profile-{task}.png", profiles)
-    say(f"Wrote {write_text(folder / f'profile-{task}.md', _render(study, task, profiles, folder))}")
+    say(f"Wrote {write_text(folder / f'profile-{task}.md', _render(study, task, profiles, by_method))}")
 
 
-def _profiles(study: Study, task: str, runs: Path, folder: Path) -> Iterator[tuple[str, Profile]]:
-    for method, settings in study.methods.items():
-        if settings.tokens or not any(r["run"]["method"] == method for r in read_results(folder, task)):
-            continue
-        run = Run(task=task, method=method, lr=best_rate(folder, task, method), seed=study.seeds[0])
-        adapter = runs / Path(run.file_name).stem / "adapter"
+def _profiles(study: Study, by_method: dict[str, list[Result]], runs: Path) -> Iterator[tuple[str, Profile]]:
+    for method, results in by_method.items():
+        first = Run(**results[0]["run"] | {"seed": study.seeds[0]})
+        adapter = runs / Path(first.file_name).stem / "adapter"
         if adapter.is_dir():
-            yield method, measure(study.base, task, adapter)
+            yield method, measure(study.base, first.task, adapter)
 
 
 def measure(base: str, task: str, adapter: Path) -> Profile:
@@ -120,20 +118,17 @@ def _changes(denoiser: nn.Module, name: str) -> Iterator[tuple[torch.Tensor, tor
             yield before.flatten(1), (weight.detach() - before).flatten(1)
 
 
-def _render(study: Study, task: str, profiles: dict[str, Profile], folder: Path) -> str:
+def _render(study: Study, task: str, profiles: dict[str, Profile], by_method: dict[str, list[Result]]) -> str:
     score = SCORES[task][0]
     arrow = "↑" if score.higher_is_better else "↓"
     head = f"{score.title} {arrow}", "change / weight", "largest σ / σ₁", "effective rank", "median angle"
     lines = [["method", *head, "angles above 120°"]]
     for method, own in profiles.items():
-        lr = best_rate(folder, task, method)
-        runs = [r["run"] | r.get("test", {}) for r in read_results(folder, task)]
-        scores = [r[score.key] for r in runs if r["method"] == method and r["lr"] == lr]
         turned = sum(angle > SATURATED for angle in own.angles) / max(1, len(own.angles))
         lines.append(
             [
                 method,
-                f"{mean(scores):.3f}" if scores[0] < 10 else f"{mean(scores):.1f}",
+                spread(values_of(by_method[method], score)),
                 f"{median(own.norms):.3f}",
                 f"{own.spectra[:, 0].median():.3f}",
                 f"{median(own.ranks):.1f}",

@@ -50,14 +50,14 @@ def write_study(folder: Path, study: dict[str, Any]) -> Path:
         "± is the standard deviation over the seeds.",
     ]
     for task in study["tasks"]:
-        by_method = _by_method(folder, task, list(study["methods"]))
+        by_method = best_runs(folder, task, list(study["methods"]))
         if by_method:
             figure = _draw(folder / f"{task}.png", task, by_method, study["reference"])
             parts += [f"## {task}", _table(task, by_method), f"![{task}: all methods]({figure.name})"]
     return write_text(folder / "README.md", "\n\n".join(parts) + "\n")
 
 
-def _by_method(folder: Path, task: str, methods: list[str]) -> dict[str, list[Result]]:
+def best_runs(folder: Path, task: str, methods: list[str]) -> dict[str, list[Result]]:
     """The runs with each method's best learning rate."""
     found = defaultdict(list)
     for result in read_results(folder, task):
@@ -75,14 +75,14 @@ def _table(task: str, by_method: dict[str, list[Result]]) -> str:
     arrows = [f"{score.title} {'↑' if score.higher_is_better else '↓'}" for score in shown]
     lines = [["method", *arrows, "lr", "seeds", "adapter parameters", "training s"]]
     best_first = sorted(
-        by_method, key=lambda m: mean(_values(by_method[m], shown[0])), reverse=shown[0].higher_is_better
+        by_method, key=lambda m: mean(values_of(by_method[m], shown[0])), reverse=shown[0].higher_is_better
     )
     for method in best_first:
         runs = by_method[method]
         lines.append(
             [
                 method,
-                *(_spread(_values(runs, score)) for score in shown),
+                *(spread(values_of(runs, score)) for score in shown),
                 f"{runs[0]['run']['lr']:g}",
                 str(len(runs)),
                 f"{runs[0]['parameters']['adapter']:,}",
@@ -92,14 +92,16 @@ def _table(task: str, by_method: dict[str, list[Result]]) -> str:
     return markdown_table(lines)
 
 
-def _values(runs: list[Result], score: Score) -> list[float]:
+def values_of(runs: list[Result], score: Score) -> list[float]:
+    """The runs' scores on the test scenes."""
     return [run["test"][score.key] for run in runs]
 
 
-def _spread(values: list[float]) -> str:
+def spread(values: list[float]) -> str:
+    """Their mean and, of several, their standard deviation."""
     digits = 3 if max(values) < 10 else 1
-    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{spread}"
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{deviation}"
 
 
 def _draw(path: Path, task: str, by_method: dict[str, list[Result]], reference: str) -> Path:
@@ -108,18 +110,18 @@ def _draw(path: Path, task: str, by_method: dict[str, list[Result]], reference: 
 
     score = SCORES[task][0]
     ordered = sorted(
-        by_method, key=lambda m: mean(_values(by_method[m], score)), reverse=not score.higher_is_better
+        by_method, key=lambda m: mean(values_of(by_method[m], score)), reverse=not score.higher_is_better
     )
     figure = Figure(figsize=(7, 0.6 + 0.32 * len(ordered)), layout="constrained")
     axes = figure.add_subplot()
     for row, method in enumerate(ordered):
-        values = _values(by_method[method], score)
+        values = values_of(by_method[method], score)
         color = "tab:orange" if "loco" in method else "tab:gray"
         axes.plot(values, [row] * len(values), "o", color=color, markersize=5, alpha=0.8)
         axes.plot([mean(values)] * 2, [row - 0.3, row + 0.3], color=color, linewidth=2)
     if reference in by_method:
         axes.axvline(
-            mean(_values(by_method[reference], score)), color="tab:blue", linewidth=0.8, linestyle=":"
+            mean(values_of(by_method[reference], score)), color="tab:blue", linewidth=0.8, linestyle=":"
         )
     axes.set_yticks(range(len(ordered)), ordered)
     axes.set_xlabel(f"{score.title} ({'higher' if score.higher_is_better else 'lower'} is better)")

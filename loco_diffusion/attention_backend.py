@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -10,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 _MOST_TOKENS = 1024  # whose products are stored without thought: 8 MB for 4 heads in bfloat16
 
 
-def quickest_attention(device: str, dtype: torch.dtype, tokens: int) -> AbstractContextManager[None]:
+@contextmanager
+def quickest_attention(device: str, dtype: torch.dtype, tokens: int) -> Iterator[None]:
     """A context in which `scaled_dot_product_attention` is quickest in training.
 
     That is torch's own choice, except for short sequences in half precision on processors, where plain products are
@@ -23,6 +25,12 @@ def quickest_attention(device: str, dtype: torch.dtype, tokens: int) -> Abstract
         tokens: about as many as a sequence has.
     """
     if device != "cpu" or dtype == torch.float32 or tokens > _MOST_TOKENS:
-        return nullcontext()
+        yield
+        return
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # despite its name, of processors too
-    return sdpa_kernel(SDPBackend.MATH)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)

@@ -216,7 +216,8 @@ def open_session(model: str | os.PathLike[str] | None = None, dtype: torch.dtype
     pipe.set_progress_bar_config(disable=True)
     defaults = default_sampling(pipe, packaged)
     _place(pipe)
-    return Session(pipe, defaults, packaged=os.fspath(model) if packaged and model else "packaged")
+    name = os.fspath(model) if packaged and model is not None else "packaged"
+    return Session(pipe, defaults, packaged=name)
 
 
 def default_sampling(pipe: Pipeline, packaged: bool) -> Sampling:

@@ -217,25 +217,32 @@ def failure(capfd: pytest.CaptureFixture[str], workplace: Path) -> Callable[...,
     return run
 
 
+def small_config(base: Path, output: Path, **fields: Any) -> TrainingConfig:
+    """A small training, with changed fields."""
+    defaults = {
+        "condition": "canny",
+        "output": str(output),
+        "base": str(base),
+        "data": {"source": "scenes", "count": 5, "size": 32},
+        "encoder": {"hidden_size": 16},
+        "adapter": {"options": {"r": 1, "num_rotations": 2}},
+        "steps": 4,
+        "batch_size": 2,
+    }
+    return make_config({**defaults, **fields})
+
+
 @pytest.fixture
 def make(flux_folder: Path, tmp_path: Path) -> Any:
     """A function that makes a small configuration of a training, with changed fields."""
 
     def config(output: str = "run", **fields: Any) -> TrainingConfig:
         defaults = {
-            "condition": "canny",
-            "output": str(tmp_path / output),
-            "base": str(flux_folder),
-            "data": {"source": "scenes", "count": 5, "size": 32},
-            "encoder": {"hidden_size": 16},
-            "adapter": {"options": {"r": 1, "num_rotations": 2}},
-            "steps": 4,
-            "batch_size": 2,
             "checkpoint_every": 1,
             "keep_checkpoints": 9,
             "log_every": 2,
             "validation": {"pictures": 0},
         }
-        return make_config({**defaults, **fields})
+        return small_config(flux_folder, tmp_path / output, **{**defaults, **fields})
 
     return config

@@ -33,8 +33,11 @@ def packaged_base(name: str = "packaged") -> Path:
 
     Args:
         name: "packaged" for a FluxPipeline, "packaged-unet" for a StableDiffusionPipeline.
+
+    Raises:
+        UserError: there is no such base.
     """
-    return _existing(WEIGHTS / PACKAGED_BASES[name][0])
+    return _existing(WEIGHTS / _folders_of(name)[0])
 
 
 def packaged_depth_network() -> Path:
@@ -61,9 +64,9 @@ def packaged_adapter(condition: str, base: str = "packaged") -> Path:
         base: name of the packaged base.
 
     Raises:
-        UserError: none is packaged for this condition.
+        UserError: none is packaged for this condition and base.
     """
-    return _existing(WEIGHTS / PACKAGED_BASES[base][1] / condition)
+    return _existing(WEIGHTS / _folders_of(base)[1] / condition)
 
 
 def load_packaged_pipeline(dtype: torch.dtype | None = None) -> FluxPipeline:
@@ -74,9 +77,16 @@ def load_packaged_pipeline(dtype: torch.dtype | None = None) -> FluxPipeline:
     return FluxPipeline.from_pretrained(packaged_base(), dtype=dtype or torch.float32)
 
 
+def _folders_of(base: str) -> tuple[str, str]:
+    if base not in PACKAGED_BASES:
+        raise UserError(f"{base} is no packaged base; choose from {', '.join(PACKAGED_BASES)}.")
+    return PACKAGED_BASES[base]
+
+
 def _existing(folder: Path) -> Path:
     if not folder.is_dir():
         raise UserError(
-            f"The package has no {folder.relative_to(WEIGHTS)}; reinstall loco-diffusion or give your own folder."
+            f"This package has no {folder.relative_to(WEIGHTS)}; give your own folder, or train it with python -m "
+            "loco_diffusion.embedded.build."
         )
     return folder

@@ -125,3 +125,8 @@ def test_every_adapter_brings_pictures_nearer_to_its_condition(pipe: FluxPipelin
         assert edge_f1(followed, wanted).mean() > edge_f1(ignored, wanted).mean()
     else:
         assert pixel_mse(followed, wanted).mean() < pixel_mse(ignored, wanted).mean()
+
+
+def test_bases_that_are_not_packaged_are_named() -> None:
+    with pytest.raises(UserError, match="my/base is no packaged base; choose from packaged, packaged-unet"):
+        packaged_adapter("canny", "my/base")

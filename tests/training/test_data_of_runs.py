@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -19,9 +16,11 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from training.two_processes import launch
 
 from loco_diffusion.training.checkpoints import list_checkpoints
 from loco_diffusion.training.config import TrainingConfig
+from loco_diffusion.training.journal import read_log
 from loco_diffusion.training.trainer import train
 
 BUCKETS = {"size": 64, "max_aspect_ratio": 2, "aspect_step": 16}
@@ -157,28 +156,8 @@ def test_cached_equals_uncached_and_a_second_run_reuses_the_cache(
 def test_two_processes_share_data_and_cache(make: Any, pictures: Path, tmp_path: Path) -> None:
     config = make(data=_data(pictures, "tars"), cache_folder=str(tmp_path / "cache"))
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        "0",
-    ]
-    command = [
-        *launch,
-        "--num_machines",
-        "1",
-        "-m",
-        "loco_diffusion.cli",
-        "train",
-        str(tmp_path / "run.yaml"),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    launch("-m", "loco_diffusion.cli", "train", str(tmp_path / "run.yaml"))
+    assert read_log(tmp_path / "run" / "log.jsonl")[0]["processes"] == 2
     assert len(_losses(config)) == 4 and all(np.isfinite(_losses(config)))
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 7 and not list(
         (tmp_path / "cache").rglob("*.partial")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from training.steps_together import gradients, step
+from training.two_processes import launch
 
 from loco_diffusion.errors import UserError
 from loco_diffusion.training.config import make_config
@@ -23,44 +21,10 @@ from loco_diffusion.training.trainer import train
 TESTS = Path(__file__).parents[1]
 
 
-def _launch(*arguments: str) -> None:
-    """Run a script, or with -m a module, in two processes."""
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        "0",
-    ]
-    command += [
-        "--num_machines",
-        "1",
-        "--main_process_port",
-        "0",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",  # with --cpu, accelerate would want MPI
-    }
-    done = subprocess.run(
-        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.slow
 def test_processes_step_together(tmp_path: Path) -> None:
     """All have the parameters of one process with the mean gradients."""
-    _launch(str(TESTS / "training" / "steps_together.py"), str(tmp_path))
+    launch(str(TESTS / "training" / "steps_together.py"), str(tmp_path))
     results = [json.loads((tmp_path / f"{process}-of-2.json").read_text()) for process in range(2)]
     assert results[0] == results[1]
     (a, b), (c, _) = gradients(0), gradients(1)
@@ -86,12 +50,12 @@ def test_two_processes_train_and_resume(flux_folder: Path, tmp_path: Path) -> No
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(fields))
     command = ["-m", "loco_diffusion.cli", "train", str(tmp_path / "config.yaml")]
-    _launch(*command)
+    launch(*command)
     file = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
     expected = load_file(file)
     shutil.rmtree(file.parent)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
-    _launch(*command, "--resume", "latest")
+    launch(*command, "--resume", "latest")
     resumed = load_file(file)
     assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
     with pytest.raises(UserError, match="processes is 2 there and 1 here"):

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import small_config
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -41,21 +42,13 @@ from loco_diffusion.training.trainer import train
 
 def _config(flux_folder: Path, output: Path, **fields: Any) -> TrainingConfig:
     defaults = {
-        "condition": "canny",
-        "output": str(output),
-        "base": str(flux_folder),
-        "data": {"source": "scenes", "count": 5, "size": 32},
-        "encoder": {"hidden_size": 16},
-        "adapter": {"options": {"r": 1, "num_rotations": 2}},
-        "steps": 4,
-        "batch_size": 2,
         "lr": 0.1,
         "encoder_lr": 0.1,
         "decay": 0.5,
         "log_every": 1,
         "validation": {"pictures": 3, "every": 2, "steps": 2, "guidance": 1.5, "seed": 5},
     }
-    return make_config({**defaults, **fields})
+    return small_config(flux_folder, output, **{**defaults, **fields})
 
 
 @pytest.fixture(scope="module")

@@ -92,9 +92,8 @@ class LOFTLayer(RotatedLayer):
         support = self.support[adapter]
         weight = self._float_weight()[1] if support in WEIGHT_SUPPORTS else None
         basis = fit_support(support, self.in_features, self.r[adapter], weight, gradient)
-        self.loft_basis[adapter] = basis.to(
-            self._parameter(adapter).device
-        ).contiguous()  # as a loaded one is
+        # Contiguous as a loaded one is, so that both give equal bits.
+        self.loft_basis[adapter] = basis.to(self._parameter(adapter).device).contiguous()
 
     def _parameter(self, adapter: str) -> Tensor:
         return (self.loft_matrix if adapter in self.loft_matrix else self.loft_skew)[adapter]
