@@ -217,7 +217,7 @@ def failure(capfd: pytest.CaptureFixture[str], workplace: Path) -> Callable[...,
     return run
 
 
-def small_config(base: Path, output: Path, **fields: Any) -> TrainingConfig:
+def small_config(base: Path, output: Path, /, **fields: Any) -> TrainingConfig:
     """A small training, with changed fields."""
     defaults = {
         "condition": "canny",
