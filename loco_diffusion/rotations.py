@@ -31,7 +31,12 @@ _MAX_DOUBLINGS = 12
 
 
 def chain(
-    u: Tensor, v: Tensor, scale: float, map: RotationMap = "cayley", order: ChainOrder = "exact"
+    u: Tensor,
+    v: Tensor,
+    scale: float,
+    map: RotationMap = "cayley",
+    order: ChainOrder = "exact",
+    middle: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The low-rank form (B, T) of the chain R_1 ... R_m with generators A_k = scale (U_k V_k^T - V_k U_k^T).
 
@@ -41,6 +46,9 @@ def chain(
         map: "cayley", R = (I - A/2)^-1 (I + A/2), or "exp", the matrix exponential. "cayley" needs one small
             solve; "exp" needs a few dozen small products, and turns by the angle a, not by 2 atan(a / 2).
         order: see :func:`chain_core`.
+        middle: (m, 2r, 2r), the K_k of generators A_k = scale [U_k V_k] K_k [U_k V_k]^T. None stands for
+            :func:`plane_turns`; others that are not skew shear and stretch. With them "cayley" has no value where
+            A_k has the eigenvalue 2.
 
     Returns:
         B: (n, 2rm) and T: (2rm, 2rm), in float32, or float64 if u is float64.
@@ -53,9 +61,10 @@ def chain(
     with torch.autocast(u.device.type, enabled=False):
         b = basis(u.to(dtype), v.to(dtype))
         gram = b.mT @ b
+        middle = None if middle is None else middle.to(dtype)
         if map == "cayley" and resolve_order(order, num_rotations) == num_rotations - 1:
-            return b, cayley_chain_core(gram, num_rotations, scale)
-        cores = rotation_cores(_diagonal_blocks(gram, num_rotations), scale, map)
+            return b, cayley_chain_core(gram, num_rotations, scale, middle)
+        cores = rotation_cores(_diagonal_blocks(gram, num_rotations), scale, map, middle)
         return b, chain_core(cores, gram, order)
 
 
@@ -65,13 +74,20 @@ def basis(u: Tensor, v: Tensor) -> Tensor:
     return planes.transpose(0, 1).flatten(1)
 
 
-def rotation_cores(grams: Tensor, scale: float, map: RotationMap) -> Tensor:
+def plane_turns(num_rotations: int, r: int) -> Tensor:
+    """J = [[0, I], [-I, 0]] for each rotation: (num_rotations, 2r, 2r). With it P J P^T = U V^T - V U^T."""
+    eye = torch.eye(2 * r)
+    return _left(None, eye).repeat(num_rotations, 1, 1)
+
+
+def rotation_cores(grams: Tensor, scale: float, map: RotationMap, middle: Tensor | None = None) -> Tensor:
     """The cores S_k of single rotations R_k = I + P_k S_k P_k^T, with P_k = [U_k V_k].
 
     Args:
         grams: (..., 2r, 2r), the Gram matrices P_k^T P_k.
         scale: turns every angle.
         map: "cayley" or "exp".
+        middle: (..., 2r, 2r), see :func:`chain`.
 
     Returns:
         (..., 2r, 2r).
@@ -80,9 +96,9 @@ def rotation_cores(grams: Tensor, scale: float, map: RotationMap) -> Tensor:
         UserError: unknown map.
     """
     if map == "cayley":
-        return _cayley_cores(grams, scale)
+        return _cayley_cores(grams, scale, middle)
     if map == "exp":
-        return _exp_cores(grams, scale)
+        return _exp_cores(grams, scale, middle)
     raise UserError(f"Unknown rotation map {map!r}: choose one of {', '.join(ROTATION_MAPS)}.")
 
 
@@ -119,17 +135,18 @@ def chain_core(cores: Tensor, gram: Tensor, order: ChainOrder = "exact") -> Tens
     return core
 
 
-def cayley_chain_core(gram: Tensor, num_rotations: int, scale: float) -> Tensor:
-    """The exact core of a chain of Cayley rotations in one solve, T = s (I - s J H)^-1 J.
+def cayley_chain_core(gram: Tensor, num_rotations: int, scale: float, middle: Tensor | None = None) -> Tensor:
+    """The exact core of a chain of Cayley rotations in one solve, T = s (I - s K H)^-1 K.
 
-    J is the block diagonal of the [[0, I], [-I, 0]], H the strictly block-upper part of the Gram matrix plus
-    half of its diagonal blocks. It is what :func:`chain_core` gives for the cores of :func:`rotation_cores`,
-    (D^-1 - N)^-1 with D^-1 = -J / s - diag(G) / 2, in a few steps instead of some for each product.
+    K is the block diagonal of the middles, H the strictly block-upper part of the Gram matrix plus half of its
+    diagonal blocks. It is what :func:`chain_core` gives for the cores of :func:`rotation_cores`, (D^-1 - N)^-1
+    with D^-1 = K^-1 / s - diag(G) / 2, in a few steps instead of some for each product.
 
     Args:
         gram: (2rm, 2rm), B^T B.
         num_rotations: m.
         scale: s, turns every angle.
+        middle: (m, 2r, 2r), see :func:`chain`.
 
     Returns:
         (2rm, 2rm).
@@ -139,8 +156,9 @@ def cayley_chain_core(gram: Tensor, num_rotations: int, scale: float) -> Tensor:
     blocks = gram.view(num_rotations, -1, num_rotations, gram.shape[0] // num_rotations)
     rows = (blocks * share[:, None, :, None]).view(num_rotations, -1, gram.shape[0])
     eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    left = eye - scale * _left_j(rows).view(gram.shape)
-    return torch.linalg.solve_ex(left, scale * _left_j(eye.view(rows.shape)).view(gram.shape)).result
+    left = eye - scale * _left(middle, rows).view(gram.shape)
+    right = scale * _left(middle, eye.view(rows.shape)).view(gram.shape)
+    return torch.linalg.solve_ex(left, right).result
 
 
 def resolve_order(order: ChainOrder, num_rotations: int) -> int:
@@ -261,29 +279,31 @@ def _diagonal_blocks(gram: Tensor, num_blocks: int) -> Tensor:
     return gram.view(num_blocks, width, num_blocks, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
-def _left_j(x: Tensor) -> Tensor:
-    """J x for J = [[0, I], [-I, 0]] of x's height."""
+def _left(middle: Tensor | None, x: Tensor) -> Tensor:
+    """K x, for J = [[0, I], [-I, 0]] of x's height where no K is given."""
+    if middle is not None:
+        return middle @ x
     half = x.shape[-2] // 2
     return torch.cat([x[..., half:, :], -x[..., :half, :]], dim=-2)
 
 
-def _cayley_cores(grams: Tensor, scale: float) -> Tensor:
-    """S = (I - (s/2) J G)^-1 s J. The matrix is never singular: J G has the imaginary spectrum of P J P^T."""
+def _cayley_cores(grams: Tensor, scale: float, middle: Tensor | None) -> Tensor:
+    """S = (I - (s/2) K G)^-1 s K. Never singular for K = J: J G has the imaginary spectrum of P J P^T."""
     eye = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
     # solve_ex does not look at the error code, hence does not wait for the device.
     return torch.linalg.solve_ex(
-        eye - (scale / 2) * _left_j(grams), (scale * _left_j(eye)).expand_as(grams)
+        eye - (scale / 2) * _left(middle, grams), (scale * _left(middle, eye)).expand_as(grams)
     ).result
 
 
-def _exp_cores(grams: Tensor, scale: float) -> Tensor:
-    """S = phi(X) s J with X = s J G and phi(X) = sum of X^n / (n+1)!, by scaling and doubling.
+def _exp_cores(grams: Tensor, scale: float, middle: Tensor | None) -> Tensor:
+    """S = phi(X) s K with X = s K G and phi(X) = sum of X^n / (n+1)!, by scaling and doubling.
 
     torch.matrix_exp would copy norms to the host. Here the number of doublings stays on the device: the core
     of R^2 is 2 S + S G S, applied where a rotation still needs it. Accurate up to ||X||_1 = 2^12.
     """
     eye = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
-    x = scale * _left_j(grams)
+    x = scale * _left(middle, grams)
     norm = x.detach().abs().sum(-2).amax(-1)
     doublings = norm.log2().ceil().clamp(0, _MAX_DOUBLINGS)[..., None, None]
     shrink = torch.exp2(-doublings)
@@ -292,7 +312,7 @@ def _exp_cores(grams: Tensor, scale: float) -> Tensor:
     # 1 / 12! and 1 / 20! are below the rounding of float32 and float64.
     for n in range(11 if x.dtype == torch.float32 else 19, 1, -1):
         series = eye + (x @ series) / n
-    core = series @ (scale * _left_j(eye)) * shrink
+    core = series @ (scale * _left(middle, eye)) * shrink
     for i in range(_MAX_DOUBLINGS):
         core = torch.where(doublings > i, 2 * core + core @ grams @ core, core)
     return core

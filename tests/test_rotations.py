@@ -71,6 +71,29 @@ def test_one_solve_gives_the_core_of_the_products(
     torch.testing.assert_close(core, expected, atol=1e-11, rtol=1e-9)
 
 
+@examples
+@given(SEEDS, st.integers(1, 4), st.integers(1, 3), st.floats(0, 0.5), st.floats(-1, 1), MAPS)
+def test_exact_chain_with_any_middles(
+    seed: int, m: int, r: int, size: float, scale: float, map: RotationMap
+) -> None:
+    u, v = make_factors(seed, m, r, size)
+    planes = torch.cat([u, v], dim=-1)
+    turns = rotations.plane_turns(m, r).double()
+    torch.testing.assert_close(planes @ turns @ planes.mT, rotations.skew(u, v))
+    middles = (
+        turns + 0.2 * torch.randn(turns.shape, generator=torch.Generator().manual_seed(seed + 1)).double()
+    )
+    product = eye = torch.eye(N, dtype=u.dtype)
+    for generator in scale * (planes @ middles @ planes.mT):
+        if map == "exp":
+            product = product @ torch.matrix_exp(generator)
+        else:
+            product = product @ torch.linalg.inv(eye - generator / 2) @ (eye + generator / 2)
+    for order in ("exact", m - 1):
+        made = rotations.dense(*rotations.chain(u, v, scale, map, order, middles))
+        torch.testing.assert_close(made, product, atol=1e-10, rtol=1e-10)
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     SEEDS,

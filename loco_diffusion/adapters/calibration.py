@@ -86,8 +86,7 @@ def fit_supports(
             "with init skew start from gradients."
         )
     weights = {name: getattr(layer.get_base_layer(), "weight", None) for name, layer in layers.items()}
-    with _switched_off(adapters):
-        gradients = _gradients(model, loss_fn, batches, weights, num_batches)
+    gradients = _gradients(model, loss_fn, batches, weights, num_batches, adapters)
     for name, layer in layers.items():
         layer.fit(adapter_name, gradients.pop(name))
 
@@ -109,6 +108,7 @@ def _gradients(
     batches: Iterable[Batch],
     weights: Mapping[str, Any],
     num_batches: int,
+    switched_off: Iterable[BaseTunerLayer] = (),
 ) -> dict[str, Tensor]:
     for name, weight in weights.items():
         if type(weight) is not nn.Parameter or not weight.is_floating_point():
@@ -120,10 +120,11 @@ def _gradients(
     with _calibrating(model, weights.values()):
         for batch in islice(batches, num_batches):
             num_used += 1
-            loss = loss_fn(model, batch)
-            if not loss.requires_grad:
-                continue
-            gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+            with _switched_off(switched_off):  # not around the batches, whose source may switch adapters on
+                loss = loss_fn(model, batch)
+                if not loss.requires_grad:
+                    continue
+                gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
             for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
                 if gradient is not None:
                     gradient = gradient.to(torch.promote_types(weight.dtype, torch.float32))

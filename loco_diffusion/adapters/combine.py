@@ -49,7 +49,7 @@ def merge_adapters(
 
     Raises:
         UserError: the adapters are of another method or of several, differ in layers, shapes, sides or rotation
-            map, are no exact rotations, have magnitudes that cannot be composed, have more directions than a
+            map, are free or no exact rotations, have magnitudes that cannot be composed, have more directions than a
             layer (LoCO), or together make half a turn (LOFT).
     """
     methods = {type(config) for config, _ in adapters}
@@ -147,6 +147,11 @@ def _check_loco(adapters: Sequence[tuple[LoCOConfig, Weights]], how: Combination
             raise UserError(
                 f"An adapter of chain_order {config.chain_order} is not a product of rotations and cannot be merged "
                 'with others: train it with "exact".'
+            )
+        if config.free:
+            raise UserError(
+                "Free LoCO adapters do more than rotate, hence have no rotations to compose or to add: merge each "
+                "into the base model instead."
             )
         if how == "compose" and any(name.rpartition(".")[2].startswith("loco_m") for name in weights):
             raise UserError(

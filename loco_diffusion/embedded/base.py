@@ -28,8 +28,8 @@ from loco_diffusion.embedded.pictures import rendered_scenes
 from loco_diffusion.embedded.text import build_text_encoders, build_tokenizers, share_capitals
 
 SCENES, BATCH, TEXT_DROPOUT = 24_000, 48, 0.1
-# Of the times, in training and drawing: solids take shape while 32 channels of latents are nearly all noise, and without
-# a shift one training time in 25 lies there (SD3, arXiv 2403.03206, section 5.3.2; RAE, arXiv 2510.11690, section 4.3).
+# Of the times, in training and drawing: solids take shape while the 32 channels of latents are nearly all noise, and
+# without a shift one training time in 25 lies there (SD3, arXiv 2403.03206, section 5.3.2).
 TIME_SHIFT = 3.0
 LAYOUT_WEIGHT = 0.5  # of the loss by which an inner layer learns what stands where
 _LAYOUT_SIZE = 32  # pixels along a side of the pictures from which the layout is counted

@@ -57,6 +57,14 @@ class AdapterSettings(Settings):
         "chain_order, map, ...",
     )
 
+    fit_after: int = Field(
+        default=0,
+        ge=0,
+        description="Steps in which the condition encoder learns alone before the adapter is fitted to gradients (loco "
+        "with init skew; loft with support gradient or skew): at the start the encoder gives zeros, so that the "
+        "gradients would not know the condition.",
+    )
+
     @model_validator(mode="after")
     def _options_fit_the_method(self) -> AdapterSettings:
         self.peft_config(self.target_modules)

@@ -63,10 +63,7 @@ class Trainable:
         return bool(layers_to_fit(self.denoiser, self.name))
 
     def fit(self, loss: Callable[[Batch], Tensor], batches: Iterable[Batch]) -> None:
-        """Choose where the adapter turns, the same in all processes.
-
-        The condition has no part in it: at the start its encoder gives zeros.
-        """
+        """Choose where the adapter turns, the same in all processes."""
         fit_supports(self.denoiser, lambda _, batch: loss(batch), batches, self.name)
         weights = layers.weights_of(self.denoiser, self.name)
         # Each process has seen its own examples.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,7 @@ def train(config: TrainingConfig, resume: str | Path | None = None, push_to: str
         if config.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
         training = _Training(config, accelerator, controller, objective, examples, output, identity)
-        if checkpoint is None:
-            training.fit()
-        else:
+        if checkpoint is not None:
             training.load(checkpoint)
         training.run(progress, held_out)
     denoiser.eval()
@@ -168,12 +167,6 @@ class _Training:
         self.losses = 0
         self.saved_step = -1
 
-    def fit(self) -> None:
-        """Choose where a new adapter turns, if its method does that from gradients."""
-        if self.trainable.needs_fit:
-            batches = (self.examples.encode(self.examples.load(number)) for number in range(NUM_BATCHES))
-            self.trainable.fit(self._loss, batches)
-
     def run(self, progress: Progress, held_out: Source | None) -> None:
         """Take all steps that are left, with checkpoints, and save the last one.
 
@@ -199,6 +192,8 @@ class _Training:
     def _take_steps(self, watch: Watch, interruption: Interruption) -> None:
         config = self.config
         for batches in self._steps():
+            if self.step == config.adapter.fit_after and self.trainable.needs_fit:
+                self._fit()
             self.loss_sum += self._take_step(batches)
             self.losses += 1
             self.step += 1
@@ -212,6 +207,19 @@ class _Training:
             if watch.is_due(self.step):
                 with self.trainable.averaged():
                     watch.validate(self.step)
+
+    def _fit(self) -> None:
+        """Choose from gradients where the adapter turns."""
+
+        def batches() -> Iterator[Batch]:
+            for number in range(NUM_BATCHES):
+                batch = self.examples.encode(self.examples.load(number))
+                # Until the next one is asked for: the backward pass may compute layers again.
+                with self.controller({self.config.condition: batch.maps}, keep=batch.keep):
+                    yield batch
+
+        with closing(batches()) as seen:
+            self.trainable.fit(self._loss, seen)
 
     def _watch(self, progress: Progress, held_out: Source | None, interruption: Interruption) -> Watch:
         validation = Validation(

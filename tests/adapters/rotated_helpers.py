@@ -30,6 +30,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "both": {"side": "both", "chain_order": 1},
     "magnitude": {"magnitude": True},
     "both and magnitude": {"side": "both", "magnitude": True},
+    "free": {"free": True},
+    "both and free": {"side": "both", "free": True, "map": "exp"},
 }
 
 
@@ -65,9 +67,13 @@ def dense_rotation(made: LoCOLayer, side: Side, adapter: str = "default") -> Ten
         basis, core = (t.double() for t in made.get_chain(adapter, side))
         return torch.eye(len(basis)) + basis @ core @ basis.T
     rotation = eye = torch.eye(made.channels(side), dtype=torch.float64)
-    factors = (made._parameters_on(side, kind)[adapter].double() for kind in "uv")
-    for u, v in zip(*factors, strict=True):
-        generator = made.scaling[adapter] * (u @ v.T - v @ u.T)
+    u, v = (made._parameters_on(side, kind)[adapter].double() for kind in "uv")
+    planes = torch.cat([u, v], dim=2)
+    half = torch.eye(u.shape[2], dtype=torch.float64)
+    turn = torch.kron(torch.tensor([[0, 1], [-1, 0]], dtype=torch.float64), half)
+    middles = made._parameters_on(side, "k").get(adapter, turn.expand(len(u), -1, -1))
+    for p, k in zip(planes, middles.double(), strict=True):
+        generator = made.scaling[adapter] * (p @ k @ p.T)
         if made.rotation_map[adapter] == "exp":
             rotation = rotation @ torch.matrix_exp(generator)
         else:

@@ -25,11 +25,13 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("map", ["cayley", "exp"])
 @pytest.mark.parametrize("order", ["exact", 1])
+@pytest.mark.parametrize("free", [False, True])
 @pytest.mark.parametrize("side", ["input", "both"])
 def test_same_outputs_and_gradients(
-    side: str, order: Any, map: str, recomputed: bool, monkeypatch: pytest.MonkeyPatch
+    side: str, free: bool, order: Any, map: str, recomputed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = get_peft_model(net(), config(side=side, map=map, chain_order=order, magnitude=True)).train()
+    settings = {"side": side, "map": map, "chain_order": order, "magnitude": True, "free": free}
+    model = get_peft_model(net(), config(**settings)).train()
     x = torch.randn(5, IN)
     alone = model(x)
     wanted = gradients(model, alone.square().sum())

@@ -235,6 +235,7 @@ def test_a_lie_sum_adds_rotations_of_one_plane_and_magnitudes() -> None:
         ({"map": "exp"}, "compose", "maps differ .cayley and exp."),
         ({"side": "output"}, "lie", "different sides of the layers .input and output."),
         ({"target_modules": ["conv"]}, "lie", "only one of them has linear.loco_u"),
+        ({"free": True}, "lie", "Free LoCO adapters do more than rotate"),
         ({"num_rotations": 2, "chain_order": 0}, "compose", 'chain_order 0 .* train it with "exact"'),
         ({"bias": "loco_only"}, "compose", "biases or whole modules"),
         ({"r": 6, "alpha": 6.0, "num_rotations": 2}, "compose", "36 directions .* more than the 24 of"),

@@ -48,7 +48,7 @@ def test_starts_at_the_identity_with_gradients(kind: str, settings: str) -> None
     (out * torch.randn_like(out)).sum().backward()
     moving = [p for p in trained if p.grad is not None and p.grad.abs().max() > 0]
     assert len(moving) == sum(
-        name.startswith(("loco_v.", "loco_v_out", "loco_m")) for name in parameter_names(made)
+        name.startswith(("loco_v.", "loco_v_out", "loco_k", "loco_m")) for name in parameter_names(made)
     )
 
 
@@ -57,7 +57,7 @@ def parameter_names(made: LoCOLayer) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", BASES)
-@pytest.mark.parametrize("settings", ["input", "output", "both"])
+@pytest.mark.parametrize("settings", ["input", "output", "both", "both and free"])
 def test_low_rank_delta(kind: str, settings: str) -> None:
     made = layer(kind, **SETTINGS[settings])
     up, down = made.low_rank_delta("default")

@@ -210,18 +210,37 @@ def test_optimizers_that_are_not_installed_are_refused(make: Any, monkeypatch: p
         assert not Path(config.output).exists()
 
 
-def test_planes_are_fitted_before_the_first_step(make: Any) -> None:
-    config = make(adapter={"options": {"r": 2, "num_rotations": 2, "init": "skew"}})
+def test_planes_are_fitted_to_gradients(make: Any) -> None:
+    options = {"r": 2, "num_rotations": 2, "init": "skew"}
+    config = make(adapter={"options": options})
     train(config)
-    tensors = load_checkpoint(_checkpoints(config)[0])[0]
-    planes = [t for name, t in tensors.items() if name.startswith("fitted.") and name.endswith("loco_u")]
+    planes = _fitted_planes(load_checkpoint(_checkpoints(config)[0])[0])
     assert len(planes) == 11
     for u in planes:  # random ones are not orthogonal to each other
         columns = u.transpose(0, 1).flatten(1)
         torch.testing.assert_close(columns.mT @ columns, torch.eye(4), atol=1e-5, rtol=0)
+    later = make(
+        "later",
+        adapter={"options": options, "fit_after": 2},
+        checkpoint_every=1,
+        keep_checkpoints=99,
+        steps=3,
+    )
+    train(later)
+    first, second, third = (load_checkpoint(path)[0] for path in _checkpoints(later))
+    assert not _fitted_planes(first) and not _fitted_planes(second)
+    names = [name for name in first if name.startswith("adapter.")]
+    assert all(torch.equal(first[name], second[name]) for name in names)
+    assert any(not torch.equal(second[name], third[name]) for name in names)
+    seen = zip(planes, _fitted_planes(third), strict=True)  # with the condition
+    assert all(not torch.allclose(before, after) for before, after in seen)
     plain = make("plain", steps=1)
     train(plain)
     assert not any(name.startswith("fitted.") for name in load_checkpoint(_checkpoints(plain)[0])[0])
+
+
+def _fitted_planes(checkpoint: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    return [t for name, t in checkpoint.items() if name.startswith("fitted.") and name.endswith("loco_u")]
 
 
 def test_seeds_and_only_seeds_change_the_result(make: Any) -> None:

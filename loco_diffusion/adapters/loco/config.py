@@ -68,6 +68,14 @@ class LoCOConfig(AdapterConfig):
             "no longer only rotated, and the adapter cannot be exported to LoRA."
         },
     )
+    free: bool = field(
+        default=False,
+        metadata={
+            "help": "Learn what happens between a rotation's 2 * r directions too, which may then shear and stretch; "
+            "(2 * r)^2 more parameters a rotation. The weights are then no longer only rotated, but the adapter "
+            "still exports to LoRA."
+        },
+    )
     init: PlaneInit = field(
         default="random",
         metadata={

@@ -21,12 +21,22 @@ class LoCOLayer(RotatedLayer):
     Attributes, each a dict keyed by the adapter's name; those ending in ``_out`` turn the output channels, the
     others the input channels; the n channels are in_features or out_features:
         loco_u, loco_v, loco_u_out, loco_v_out: parameters, (num_rotations, n, r), float32 unless cast.
+        loco_k, loco_k_out: parameters of free adapters, (num_rotations, 2 * r, 2 * r), see `rotations.chain`.
         loco_m, loco_m_out: parameters, (n,), the logarithms of the magnitudes.
         r, alpha, num_rotations, chain_order, rotation_map, plane_init: from the config.
         scaling: strength * alpha / r, the factor on every angle and every logarithm.
     """
 
-    adapter_layer_names = ("loco_u", "loco_v", "loco_u_out", "loco_v_out", "loco_m", "loco_m_out")
+    adapter_layer_names = (
+        "loco_u",
+        "loco_v",
+        "loco_u_out",
+        "loco_v_out",
+        "loco_k",
+        "loco_k_out",
+        "loco_m",
+        "loco_m_out",
+    )
     other_param_names = (
         "r",
         "alpha",
@@ -60,6 +70,11 @@ class LoCOLayer(RotatedLayer):
                 v = 0.1 * nn.functional.normalize(torch.randn(shape), dim=1)
             self._parameters_on(side, "u")[adapter_name] = nn.Parameter(u)
             self._parameters_on(side, "v")[adapter_name] = nn.Parameter(v)
+            if config.free:
+                k = rotations.plane_turns(config.num_rotations, config.r)
+                if not config.init_weights:
+                    k += 0.1 * torch.randn_like(k)
+                self._parameters_on(side, "k")[adapter_name] = nn.Parameter(k)
         for side in SIDES if config.magnitude else ():
             m = (0.0 if config.init_weights else 0.1) * torch.randn(self.channels(side))
             self._parameters_on(side, "m")[adapter_name] = nn.Parameter(m)
@@ -95,6 +110,10 @@ class LoCOLayer(RotatedLayer):
         """U and V of a side, (num_rotations, n, r) each."""
         return self._parameters_on(side, "u")[adapter], self._parameters_on(side, "v")[adapter]
 
+    def middle(self, adapter: str, side: Side) -> Tensor | None:
+        """K of a side, (num_rotations, 2 * r, 2 * r); None if the adapter only turns."""
+        return self._parameters_on(side, "k").get(adapter)
+
     def get_chain(
         self, adapter: str, side: Side = "input", scale: float | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -108,6 +127,7 @@ class LoCOLayer(RotatedLayer):
             self.scaling[adapter] if scale is None else scale,
             self.rotation_map[adapter],
             self.chain_order[adapter],
+            self.middle(adapter, side),
         )
 
     def get_magnitude(self, adapter: str, side: Side, scale: float | None = None) -> Tensor | None:
@@ -147,6 +167,9 @@ class LoCOLayer(RotatedLayer):
                 vectors = skew_planes(*pair, 2 * r * num_rotations)[:, ::2]
                 u.copy_(vectors.unflatten(1, (num_rotations, r)).transpose(0, 1))
                 v.zero_()
+                middle = self.middle(adapter, side)
+                if middle is not None:
+                    middle.copy_(rotations.plane_turns(num_rotations, r))
             for side in SIDES:
                 if adapter in self._parameters_on(side, "m"):
                     self._parameters_on(side, "m")[adapter].zero_()

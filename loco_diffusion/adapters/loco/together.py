@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loco_diffusion import rotations
 from loco_diffusion.adapters.loco.layer import LoCOLayer
 from loco_diffusion.adapters.rotated import Side
 
 _Place = tuple[LoCOLayer, str, Side]  # a layer, an adapter on it and one of its sides
-_Kind = tuple[torch.Size, torch.device, float, rotations.RotationMap, rotations.ChainOrder]
+_Kind = tuple[torch.Size, torch.device, bool, float, rotations.RotationMap, rotations.ChainOrder]
 
 
 @contextmanager
@@ -50,14 +49,21 @@ def chains_together(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 def _kind(layer: LoCOLayer, adapter: str, side: Side) -> _Kind:
     u, _ = layer.planes(adapter, side)
     chain = layer.rotation_map[adapter], layer.chain_order[adapter]
-    return u.shape, u.device, layer.scaling[adapter], *chain
+    free = layer.middle(adapter, side) is not None
+    return u.shape, u.device, free, layer.scaling[adapter], *chain
 
 
 def _compute(kind: _Kind, places: list[_Place], dtype: torch.dtype) -> None:
-    _, _, scale, map, order = kind
+    _, _, free, scale, map, order = kind
     planes = [layer.planes(adapter, side) for layer, adapter, side in places]
-    u, v = (torch.stack(part) for part in zip(*planes, strict=True))
-    chain = partial(rotations.chain, scale=scale, map=map, order=order)
-    found = (part.to(dtype).unbind() for part in torch.vmap(chain)(u, v))
+    factors = [torch.stack(part) for part in zip(*planes, strict=True)]
+    middles = [layer.middle(adapter, side) for layer, adapter, side in places]
+    if free:
+        factors.append(torch.stack(middles))
+
+    def chain(u: Tensor, v: Tensor, middle: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return rotations.chain(u, v, scale, map, order, middle)
+
+    found = (part.to(dtype).unbind() for part in torch.vmap(chain)(*factors))
     for (layer, adapter, side), rotation in zip(places, zip(*found, strict=True), strict=True):
         layer.given_rotations[adapter, side, dtype] = rotation
