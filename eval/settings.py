@@ -75,6 +75,7 @@ class Method(Settings):
 
     method: str
     options: dict[str, Any] = {}
+    fit_after: int = 0
     tokens: bool = False
     learning_rates: list[float] | None = None
 

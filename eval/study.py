@@ -118,6 +118,7 @@ def training_config(study: Study, run: Run, output: Path) -> TrainingConfig:
             "method": method.method,
             "target_modules": study.target_modules,
             "options": method.options,
+            "fit_after": method.fit_after,
         },
         "steps": study.train_steps,
         "batch_size": study.batch_size,

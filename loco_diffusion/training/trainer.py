@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Generator, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -211,7 +211,7 @@ class _Training:
     def _fit(self) -> None:
         """Choose from gradients where the adapter turns."""
 
-        def batches() -> Iterator[Batch]:
+        def batches() -> Generator[Batch, None, None]:
             for number in range(NUM_BATCHES):
                 batch = self.examples.encode(self.examples.load(number))
                 # Until the next one is asked for: the backward pass may compute layers again.

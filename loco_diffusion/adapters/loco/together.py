@@ -54,11 +54,11 @@ def _kind(layer: LoCOLayer, adapter: str, side: Side) -> _Kind:
 
 
 def _compute(kind: _Kind, places: list[_Place], dtype: torch.dtype) -> None:
-    _, _, free, scale, map, order = kind
+    *_, scale, map, order = kind
     planes = [layer.planes(adapter, side) for layer, adapter, side in places]
     factors = [torch.stack(part) for part in zip(*planes, strict=True)]
-    middles = [layer.middle(adapter, side) for layer, adapter, side in places]
-    if free:
+    middles = [middle for place in places if (middle := place[0].middle(*place[1:])) is not None]
+    if middles:
         factors.append(torch.stack(middles))
 
     def chain(u: Tensor, v: Tensor, middle: Tensor | None = None) -> tuple[Tensor, Tensor]:
