@@ -99,11 +99,16 @@ def untrained_pipeline(vae: AutoencoderKL) -> StableDiffusionPipeline:
 
 
 def _scheduler() -> DDIMScheduler:
-    """The cosine schedule (arXiv 2102.09672), since latents as few as these need less noise than Stable Diffusion's,
-    down to no signal at all (arXiv 2305.08891), where only velocities can be predicted."""
+    """Stable Diffusion's, down to no signal at all (arXiv 2305.08891), where only velocities can be predicted.
+
+    A quarter of its timesteps has a signal-to-noise ratio below 0.03, where 32 channels still show where solids are to
+    stand; of the cosine schedule's (arXiv 2102.09672) a tenth.
+    """
     return DDIMScheduler(
         num_train_timesteps=TRAINING_TIMESTEPS,
-        beta_schedule="squaredcos_cap_v2",
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
