@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, patch_environment
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.profiler import record_function
@@ -33,12 +33,13 @@ from loco_diffusion.training.held_out import split
 from loco_diffusion.training.hub import check_push, push
 from loco_diffusion.training.interruption import Interruption
 from loco_diffusion.training.journal import read_log
-from loco_diffusion.training.launch import check_launch
+from loco_diffusion.training.launch import FSDP, impossible_split, split_asked
 from loco_diffusion.training.objective import Objective
 from loco_diffusion.training.optimizer import Optimizer, check_optimizer
 from loco_diffusion.training.output import OutputFolder
 from loco_diffusion.training.preparation import prepare
 from loco_diffusion.training.progress import progress_bar
+from loco_diffusion.training.sharding import split_over_processes
 from loco_diffusion.training.trackers import check_trackers
 from loco_diffusion.training.trainable import Trainable
 from loco_diffusion.training.validation import StopRequested, Validation
@@ -68,7 +69,7 @@ def train(config: TrainingConfig, resume: str | Path | None = None, push_to: str
             infinite (the last checkpoint is intact then).
         KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, when a checkpoint is written.
     """
-    check_launch()
+    split_base = split_asked(config)
     check_trackers(config.log_with)
     output = OutputFolder(Path(config.output))
     accelerator = _accelerator(config, output)
@@ -100,11 +101,13 @@ def train(config: TrainingConfig, resume: str | Path | None = None, push_to: str
         prepare(examples, progress)
         accelerator.wait_for_everyone()  # a cache on disk is of all processes' making
         _move([part for part in frozen if part not in examples.models], torch.device("cpu"))
+        training = _Training(config, accelerator, controller, objective, examples, output, identity)
+        if split_base:
+            training.split_base()
         _move([denoiser], accelerator.device)
         denoiser.train()
         if config.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
-        training = _Training(config, accelerator, controller, objective, examples, output, identity)
         if checkpoint is not None:
             training.load(checkpoint)
         training.run(progress, held_out)
@@ -123,11 +126,15 @@ def train(config: TrainingConfig, resume: str | Path | None = None, push_to: str
 def _accelerator(config: TrainingConfig, output: OutputFolder) -> Accelerator:
     AcceleratorState._reset_state()  # a second run in this process may want another precision
     try:
-        return Accelerator(
-            mixed_precision=config.mixed_precision,
-            log_with=list(config.log_with) or None,
-            project_config=ProjectConfiguration(str(output.root), logging_dir=str(output.root / "trackers")),
-        )
+        # Accelerate's own FSDP would split what is trained, too.
+        with patch_environment(**{FSDP: "false"}):
+            return Accelerator(
+                mixed_precision=config.mixed_precision,
+                log_with=list(config.log_with) or None,
+                project_config=ProjectConfiguration(
+                    str(output.root), logging_dir=str(output.root / "trackers")
+                ),
+            )
     except ValueError as error:
         raise UserError(f"mixed_precision {config.mixed_precision} is impossible here ({error}).") from error
 
@@ -166,6 +173,18 @@ class _Training:
         self.loss_sum = torch.zeros((), device=accelerator.device)
         self.losses = 0
         self.saved_step = -1
+
+    def split_base(self) -> None:
+        """Split the frozen base over the processes.
+
+        Raises:
+            UserError: the adapter has to see gradients of the base's weights first.
+        """
+        if self.trainable.needs_fit:
+            raise impossible_split(
+                "whose gradients the adapter's start needs", "choose another init or support"
+            )
+        split_over_processes(self.objective.denoiser, self.trainable.parameters, self.accelerator.device)
 
     def run(self, progress: Progress, held_out: Source | None) -> None:
         """Take all steps that are left, with checkpoints, and save the last one.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from training.two_processes import launch
 
 from loco_diffusion.errors import UserError
 from loco_diffusion.training.config import make_config
+from loco_diffusion.training.journal import read_log
 from loco_diffusion.training.trainer import train
 
 TESTS = Path(__file__).parents[1]
@@ -62,10 +64,58 @@ def test_two_processes_train_and_resume(flux_folder: Path, tmp_path: Path) -> No
         train(make_config(fields), resume="latest")
 
 
-@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
-def test_sharded_bases_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
-    config = make_config({"condition": "canny", "output": str(tmp_path / "run"), "steps": 1})
-    with pytest.raises(UserError, match=f"does not split the base over processes, as {name} does"):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flux", "stable_diffusion"])
+def test_a_split_base_gives_the_same_adapter(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    request.getfixturevalue(name).save_pretrained(base)
+    adapters, logs = [], []
+    for fsdp in (False, True):
+        output = tmp_path / f"split-{fsdp}"
+        fields = {
+            "condition": "canny",
+            "output": str(output),
+            "base": str(base),
+            "data": {"source": "scenes", "count": 5, "size": 32},
+            "adapter": {"options": {"r": 2, "num_rotations": 2, "side": "both"}},
+            "steps": 2,
+            "batch_size": 2,
+            "log_every": 1,
+            "gradient_checkpointing": fsdp,
+            "validation": {"pictures": 2, "every": 2, "steps": 1},
+        }
+        config = tmp_path / f"{fsdp}.yaml"
+        config.write_text(yaml.safe_dump(fields))
+        launch(str(TESTS / "training" / "split_base.py"), str(config), fsdp=fsdp)
+        adapters.append(load_file(output / "adapter" / "adapter_model.safetensors"))
+        logs.append(read_log(output / "log.jsonl"))
+        shares = [float((output / f"share-{process}.json").read_text()) for process in range(2)]
+        assert all(share < 0.75 if fsdp else share == 1 for share in shares)
+    torch.testing.assert_close(*adapters)
+    for key in ("loss", "scores"):
+        whole, split = ([record[key] for record in log if key in record] for log in logs)
+        assert whole and whole == [pytest.approx(value) for value in split]
+
+
+@pytest.mark.parametrize(
+    ("variable", "fields", "message"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", {}, "DeepSpeed splits .* with --use_fsdp, which splits the frozen base"),
+        ("ACCELERATE_USE_FSDP", {"tokens": {}}, "FSDP cannot split a base on the tokens route"),
+        (
+            "ACCELERATE_USE_FSDP",
+            {"quantization": "int8"},
+            "FSDP cannot split a base in int8; leave out quanti",
+        ),
+    ],
+)
+def test_what_cannot_be_split_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, fields: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setenv(variable, "true")
+    config = make_config({"condition": "canny", "output": str(tmp_path / "run"), "steps": 1, **fields})
+    with pytest.raises(UserError, match=message):
         train(config)
     assert not (tmp_path / "run").exists()

@@ -10,7 +10,7 @@ from pathlib import Path
 _TESTS = Path(__file__).parents[1]
 
 
-def launch(*arguments: str) -> None:
+def launch(*arguments: str, fsdp: bool = False) -> None:
     """Run a script, or with -m a module, in two processes."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += [
@@ -27,6 +27,7 @@ def launch(*arguments: str) -> None:
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(_TESTS.parent), str(_TESTS)]),
         "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_FSDP": str(fsdp),
         "ACCELERATE_USE_CPU": "true",  # with --cpu, accelerate would want MPI
     }
     done = subprocess.run(
