@@ -24,19 +24,20 @@ def share(denoiser: nn.Module) -> float:
     return sum(p.numel() for p in own) / sum(p.numel() for p in denoiser.parameters())
 
 
-def main(path: str) -> None:
-    """Train as the configuration of that path says."""
+def main(*paths: str) -> None:
+    """Train as the configurations of those paths say."""
     pipes = []
 
     def load(*arguments: Any) -> Any:
         pipes.append(load_base(*arguments))
         return pipes[-1]
 
-    config = load_config(Path(path))
-    with mock.patch.object(trainer, "load_base", load):
-        trainer.train(config)
-    held = share(family_of(pipes[0]).denoiser(pipes[0]))
-    (Path(config.output) / f"share-{os.environ['RANK']}.json").write_text(json.dumps(held))
+    for path in paths:
+        config = load_config(Path(path))
+        with mock.patch.object(trainer, "load_base", load):
+            trainer.train(config)
+        held = share(family_of(pipes[-1]).denoiser(pipes[-1]))
+        (Path(config.output) / f"share-{os.environ['RANK']}.json").write_text(json.dumps(held))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from diffusers import FluxPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 from training.steps_together import gradients, step
 from training.two_processes import launch
@@ -65,38 +66,41 @@ def test_two_processes_train_and_resume(flux_folder: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["flux", "stable_diffusion"])
 def test_a_split_base_gives_the_same_adapter(
-    name: str, request: pytest.FixtureRequest, tmp_path: Path
+    flux: FluxPipeline, stable_diffusion: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
-    base = tmp_path / "base"
-    request.getfixturevalue(name).save_pretrained(base)
-    adapters, logs = [], []
+    bases = {"flux": flux, "unet": stable_diffusion}
+    for name, pipe in bases.items():
+        pipe.save_pretrained(tmp_path / name)
     for fsdp in (False, True):
-        output = tmp_path / f"split-{fsdp}"
-        fields = {
-            "condition": "canny",
-            "output": str(output),
-            "base": str(base),
-            "data": {"source": "scenes", "count": 5, "size": 32},
-            "adapter": {"options": {"r": 2, "num_rotations": 2, "side": "both"}},
-            "steps": 2,
-            "batch_size": 2,
-            "log_every": 1,
-            "gradient_checkpointing": fsdp,
-            "validation": {"pictures": 2, "every": 2, "steps": 1},
-        }
-        config = tmp_path / f"{fsdp}.yaml"
-        config.write_text(yaml.safe_dump(fields))
-        launch(str(TESTS / "training" / "split_base.py"), str(config), fsdp=fsdp)
-        adapters.append(load_file(output / "adapter" / "adapter_model.safetensors"))
-        logs.append(read_log(output / "log.jsonl"))
-        shares = [float((output / f"share-{process}.json").read_text()) for process in range(2)]
-        assert all(share < 0.75 if fsdp else share == 1 for share in shares)
-    torch.testing.assert_close(*adapters)
-    for key in ("loss", "scores"):
-        whole, split = ([record[key] for record in log if key in record] for log in logs)
-        assert whole and whole == [pytest.approx(value) for value in split]
+        paths = []
+        for name in bases:
+            fields = {
+                "condition": "canny",
+                "output": str(tmp_path / f"{name}-{fsdp}"),
+                "base": str(tmp_path / name),
+                "data": {"source": "scenes", "count": 5, "size": 32},
+                "adapter": {"options": {"r": 2, "num_rotations": 2, "side": "both"}},
+                "steps": 2,
+                "batch_size": 2,
+                "log_every": 1,
+                "gradient_checkpointing": fsdp,
+                "validation": {"pictures": 2, "every": 2, "steps": 1},
+            }
+            paths.append(tmp_path / f"{name}-{fsdp}.yaml")
+            paths[-1].write_text(yaml.safe_dump(fields))
+        launch(str(TESTS / "training" / "split_base.py"), *map(str, paths), fsdp=fsdp)
+    for name in bases:
+        whole, split = (tmp_path / f"{name}-{fsdp}" for fsdp in (False, True))
+        for process in range(2):
+            assert float((whole / f"share-{process}.json").read_text()) == 1
+            assert float((split / f"share-{process}.json").read_text()) < 0.75
+        file = "adapter/adapter_model.safetensors"
+        torch.testing.assert_close(load_file(split / file), load_file(whole / file))
+        logs = [read_log(folder / "log.jsonl") for folder in (whole, split)]
+        for key in ("loss", "scores"):
+            one, other = ([record[key] for record in log if key in record] for log in logs)
+            assert one and one == [pytest.approx(value) for value in other]
 
 
 @pytest.mark.parametrize(
