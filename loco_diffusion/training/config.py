@@ -216,6 +216,19 @@ class TrainingConfig(Settings):
             raise ValueError("a stream is not cached; remove cache_folder or data.streaming")
         return self
 
+    @model_validator(mode="after")
+    def _the_adapter_learns(self) -> TrainingConfig:
+        if self.adapter.fit_after and self.tokens is not None:
+            raise ValueError(
+                "the tokens route has no encoder that could learn first; remove adapter.fit_after"
+            )
+        if self.adapter.fit_after >= self.steps:
+            raise ValueError(
+                f"adapter.fit_after is {self.adapter.fit_after}, so that in {self.steps} steps the adapter would not "
+                "learn; lower it"
+            )
+        return self
+
     @property
     def compute_dtype(self) -> torch.dtype:
         """Of what the denoiser's layers compute in."""

@@ -70,10 +70,10 @@ class Optimizer:
         factor = self.factor(number)
         for name, group in zip(self.groups, self.optimizer.param_groups, strict=True):
             group["lr"] = factor * (config.lr if name == "adapter" else config.encoder_lr)
+        self._average_gradients()
         if number < config.adapter.fit_after:
             for parameter in self.groups.get("adapter", []):
                 parameter.grad = None
-        self._average_gradients()
         self.grad_norm = self.accelerator.clip_grad_norm_(self._parameters, config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -60,9 +60,9 @@ class AdapterSettings(Settings):
     fit_after: int = Field(
         default=0,
         ge=0,
-        description="Steps in which the condition encoder learns alone before the adapter is fitted to gradients (loco "
-        "with init skew; loft with support gradient or skew): at the start the encoder gives zeros, so that the "
-        "gradients would not know the condition.",
+        description="Steps in which the condition encoder learns alone before the adapter is fitted to gradients "
+        "again (loco with init skew; loft with support gradient or skew): at the start the encoder gives zeros, so "
+        "that the gradients do not know the condition.",
     )
 
     @model_validator(mode="after")

@@ -102,7 +102,7 @@ def train(config: TrainingConfig, resume: str | Path | None = None, push_to: str
         accelerator.wait_for_everyone()  # a cache on disk is of all processes' making
         _move([part for part in frozen if part not in examples.models], torch.device("cpu"))
         training = _Training(config, accelerator, controller, objective, examples, output, identity)
-        if split_base:
+        if split_base and accelerator.num_processes > 1:
             training.split_base()
         _move([denoiser], accelerator.device)
         denoiser.train()
@@ -211,7 +211,8 @@ class _Training:
     def _take_steps(self, watch: Watch, interruption: Interruption) -> None:
         config = self.config
         for batches in self._steps():
-            if self.step == config.adapter.fit_after and self.trainable.needs_fit:
+            # At 0, too: until then some methods cannot run at all.
+            if self.step in (0, config.adapter.fit_after) and self.trainable.needs_fit:
                 self._fit()
             self.loss_sum += self._take_step(batches)
             self.losses += 1

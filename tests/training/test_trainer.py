@@ -228,7 +228,8 @@ def test_planes_are_fitted_to_gradients(make: Any) -> None:
     )
     train(later)
     first, second, third = (load_checkpoint(path)[0] for path in _checkpoints(later))
-    assert not _fitted_planes(first) and not _fitted_planes(second)
+    for checkpoint in (first, second):
+        assert all(map(torch.equal, _fitted_planes(checkpoint), planes))
     names = [name for name in first if name.startswith("adapter.")]
     assert all(torch.equal(first[name], second[name]) for name in names)
     assert any(not torch.equal(second[name], third[name]) for name in names)
@@ -237,6 +238,39 @@ def test_planes_are_fitted_to_gradients(make: Any) -> None:
     plain = make("plain", steps=1)
     train(plain)
     assert not any(name.startswith("fitted.") for name in load_checkpoint(_checkpoints(plain)[0])[0])
+
+
+@pytest.mark.parametrize("options", [{"r": 4, "support": "skew"}, {"r": 4, "support": "gradient"}])
+def test_supports_are_fitted_again(make: Any, options: dict[str, Any]) -> None:
+    config = make(
+        adapter={"method": "loft", "options": options, "fit_after": 1},
+        checkpoint_every=1,
+        keep_checkpoints=99,
+    )
+    train(config)
+    first, second = (load_checkpoint(path)[0] for path in _checkpoints(config)[:2])
+    bases = [name for name in first if name.endswith("loft_basis")]
+    assert bases and all(not torch.allclose(first[name], second[name]) for name in bases)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps": 3, "adapter": {"fit_after": 3}}, "in 3 steps the adapter would not learn"),
+        (
+            {"adapter": {"fit_after": 1}, "tokens": {}},
+            "the tokens route has no encoder that could learn first",
+        ),
+    ],
+)
+def test_adapters_that_would_not_learn_are_refused(make: Any, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make(**fields)
+
+
+def test_fsdp_of_one_process_has_nothing_to_split(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert train(make(steps=1)).is_dir()
 
 
 def _fitted_planes(checkpoint: dict[str, torch.Tensor]) -> list[torch.Tensor]:
