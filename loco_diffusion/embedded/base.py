@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ SCENES, BATCH, TEXT_DROPOUT = 24_000, 48, 0.1
 # Of the times, in training and drawing: solids take shape while the 32 channels of latents are nearly all noise, and
 # without a shift one training time in 25 lies there (SD3, arXiv 2403.03206, section 5.3.2).
 TIME_SHIFT = 3.0
+# Of tokens that show a solid, over others, when there is no noise. 400 steps with it, from step 11,000, left 1 to 2 %
+# less error in them than 400 without, at every noise, and 2 % more in ground and sky.
+SOLIDS_WEIGHT = 8.0
 LAYOUT_WEIGHT = 0.5  # of the loss by which an inner layer learns what stands where
 _LAYOUT_SIZE = 32  # pixels along a side of the pictures from which the layout is counted
 
@@ -62,11 +66,12 @@ def build_base(
 
     def loss_of_step(step: int) -> torch.Tensor:
         chosen, told = batch_of_step(step)
+        layout = layouts[chosen].to(device)
         with half_precision(device):
             text = _read(model, clip_ids[told].to(device), t5_ids[told].to(device))
-            loss = _loss(model["transformer"], latents[chosen].to(device).float(), text)
-            layout = model["layout"](inner.output[1])  # of the picture's tokens
-        return loss + LAYOUT_WEIGHT * layout_loss(layout, layouts[chosen].to(device))
+            loss = _loss(model["transformer"], latents[chosen].to(device).float(), text, layout)
+            told_layout = model["layout"](inner.output[1])  # of the picture's tokens
+        return loss + LAYOUT_WEIGHT * layout_loss(told_layout, layout)
 
     train(runs / "base", model, optimizers(model, lr=2e-3), loss_of_step, steps)
     share_capitals(pipe.tokenizer_2, pipe.text_encoder_2)
@@ -101,6 +106,25 @@ def layout_head(width: int) -> nn.Module:
 def layout_loss(logits: torch.Tensor, layouts: torch.Tensor) -> torch.Tensor:
     """Cross entropy of the layout head's logits and `scene_layouts`, both (B, T, 15)."""
     return nn.functional.binary_cross_entropy_with_logits(logits.float(), layouts.float())
+
+
+def velocity_loss(error: torch.Tensor, signal: torch.Tensor, layouts: torch.Tensor) -> torch.Tensor:
+    """Mean square of velocities' errors in which solids weigh more, the more so the less noise there is.
+
+    Solids cover a fifth of the tokens and are nearly all that is hard to draw. Under pure noise all weigh the same:
+    what is to be there is not known then, and a weight that depends on it would draw more solids than there are.
+
+    Args:
+        error: (B, C, h, w).
+        signal: (B,) share of the clean latents, 0 to 1.
+        layouts: of the batch, from `scene_layouts`, (B, T, 15).
+    """
+    rows, columns = error.shape[-2:]
+    solid = (layouts[..., : len(KINDS)].sum(2) > 0).float()
+    weight = 1 + SOLIDS_WEIGHT * signal[:, None] * solid
+    side = math.isqrt(weight.shape[1])
+    weight = nn.functional.interpolate(weight.view(-1, 1, side, side), size=(rows, columns), mode="nearest")
+    return (error.float().square() * weight).mean() / weight.mean()
 
 
 def scene_layouts(scenes: Sequence[Scene], side: int) -> torch.Tensor:
@@ -193,14 +217,16 @@ def _read(model: nn.ModuleDict, clip_ids: torch.Tensor, t5_ids: torch.Tensor) ->
     }
 
 
-def _loss(transformer: nn.Module, clean: torch.Tensor, text: dict[str, torch.Tensor]) -> torch.Tensor:
+def _loss(
+    transformer: nn.Module, clean: torch.Tensor, text: dict[str, torch.Tensor], layouts: torch.Tensor
+) -> torch.Tensor:
     """Flow matching with shifted logit-normal times (SD3, arXiv 2403.03206, equations 14, 19 and 23)."""
     noise = torch.randn_like(clean)
     sigma = torch.sigmoid(torch.randn(len(clean), device=clean.device))
     sigma = TIME_SHIFT * sigma / (1 + (TIME_SHIFT - 1) * sigma)
     mixed = torch.lerp(clean, noise, sigma[:, None, None, None])
     velocity = FluxFamily().predict(transformer, mixed, sigma, text)
-    return nn.functional.mse_loss(velocity.float(), noise - clean)
+    return velocity_loss(velocity - (noise - clean), 1 - sigma, layouts)
 
 
 def _tokens(pipe: FluxPipeline, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -38,7 +38,7 @@ from loco_diffusion.embedded.unet_base import build_unet_base
 from loco_diffusion.embedded.vae import build_vae, refine_decoder
 from loco_diffusion.quickstart import CONDITIONS
 
-STEPS = {"vae": 3000, "decoder": 8000, "base": 11000, "unet": 3900, "depth": 1200, "classifier": 3600}
+STEPS = {"vae": 3000, "decoder": 8000, "base": 11000, "unet": 4500, "depth": 1200, "classifier": 3600}
 EXAMPLE_SEED = 20_000_033
 
 
@@ -61,7 +61,7 @@ def main(
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, if not the recipe's own.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Only keep the last checkpoint's weights.")] = False,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile the base's blocks, for which a C++ compiler is needed.")
+        bool, typer.Option("--compile", help="Compile a base's blocks, for which a C++ compiler is needed.")
     ] = False,
 ) -> None:
     """Build one part of the packaged world."""
@@ -80,7 +80,7 @@ def main(
         base = build_base(count, _built_vae(runs), runs, device, compiled)
         _replace(out / "base", base.to("cpu", torch.float16).save_pretrained)
     elif stage is Stage.unet:
-        unet_base = build_unet_base(count, _built_vae(runs), runs, device)
+        unet_base = build_unet_base(count, _built_vae(runs), runs, device, compiled)
         _replace(out / "unet_base", unet_base.to("cpu", torch.float16).save_pretrained)
     elif stage is Stage.depth:
         network, processor = build_depth(count, runs, device)

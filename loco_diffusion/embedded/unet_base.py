@@ -29,6 +29,7 @@ from loco_diffusion.embedded.base import (
     scene_latents,
     scene_layouts,
     token_ids,
+    velocity_loss,
 )
 from loco_diffusion.embedded.loop import half_precision, train
 from loco_diffusion.embedded.text import TEXT_LENGTH, build_tokenizers, clip_config_of
@@ -37,9 +38,17 @@ CHANNELS, HEADS = (128, 192), (4, 6)
 TEXT_WIDTH = 128
 
 
-def build_unet_base(steps: int, vae: AutoencoderKL, runs: Path, device: str) -> StableDiffusionPipeline:
-    """Train the UNet with its text encoder (or take them from their last checkpoint)."""
+def build_unet_base(
+    steps: int, vae: AutoencoderKL, runs: Path, device: str, compiled: bool = False
+) -> StableDiffusionPipeline:
+    """Train the UNet with its text encoder (or take them from their last checkpoint).
+
+    Compiled, a step took 1.5 instead of 1.7 s on the two cores of an EPYC with AVX-512 BF16.
+    """
     pipe = untrained_pipeline(vae.to(device))
+    if compiled:
+        for block in [*pipe.unet.down_blocks, pipe.unet.mid_block, *pipe.unet.up_blocks]:
+            block.compile(dynamic=False)
     model = nn.ModuleDict(
         {
             "unet": pipe.unet.to(device, memory_format=torch.channels_last),
@@ -56,12 +65,13 @@ def build_unet_base(steps: int, vae: AutoencoderKL, runs: Path, device: str) -> 
 
     def loss_of_step(step: int) -> torch.Tensor:
         chosen, told = batch_of_step(step)
+        layout = layouts[chosen].to(device)
         with half_precision(device):
             text = model["text_encoder"](ids[told].to(device)).last_hidden_state
             clean = latents[chosen].to(device).float() + shift
-            loss = _loss(model["unet"], pipe.scheduler, clean, text)
-            layout = model["layout"](inner.output.flatten(2).mT)
-        return loss + LAYOUT_WEIGHT * layout_loss(layout, layouts[chosen].to(device))
+            loss = _loss(model["unet"], pipe.scheduler, clean, text, layout)
+            told_layout = model["layout"](inner.output.flatten(2).mT)
+        return loss + LAYOUT_WEIGHT * layout_loss(told_layout, layout)
 
     train(runs / "unet", model, optimizers(model, lr=1e-3), loss_of_step, steps)
     model.eval()
@@ -136,11 +146,14 @@ def drop_shift(vae: AutoencoderKL) -> float:
     return shift
 
 
-def _loss(unet: nn.Module, scheduler: DDIMScheduler, clean: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+def _loss(
+    unet: nn.Module, scheduler: DDIMScheduler, clean: torch.Tensor, text: torch.Tensor, layouts: torch.Tensor
+) -> torch.Tensor:
     """Squared error of the velocity (arXiv 2202.00512) at uniform timesteps."""
     noise = torch.randn_like(clean)
     timesteps = torch.randint(TRAINING_TIMESTEPS, (len(clean),), device=clean.device)
     mixed = scheduler.add_noise(clean, noise, timesteps)
     sigma = timesteps / TRAINING_TIMESTEPS
     velocity = UNetFamily().predict(unet, mixed, sigma, {"prompt_embeds": text})
-    return nn.functional.mse_loss(velocity.float(), scheduler.get_velocity(clean, noise, timesteps))
+    signal = scheduler.alphas_cumprod.to(clean.device)[timesteps].sqrt()
+    return velocity_loss(velocity - scheduler.get_velocity(clean, noise, timesteps), signal, layouts)

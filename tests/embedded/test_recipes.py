@@ -99,10 +99,22 @@ def test_the_untrained_base_predicts_zero_velocity(started_vae: AutoencoderKL) -
     model = torch.nn.ModuleDict({"text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2})
     clean = torch.zeros(1, 32, 4, 4)
     torch.manual_seed(3)
-    loss = base._loss(pipe.transformer, clean, base._read(model, clip_ids, t5_ids))
+    nothing = torch.zeros(1, 4, len(KINDS) + len(COLORS) + 1)
+    loss = base._loss(pipe.transformer, clean, base._read(model, clip_ids, t5_ids), nothing)
     torch.manual_seed(3)
     torch.testing.assert_close(loss, torch.randn_like(clean).square().mean())
     assert 8e6 < sum(p.numel() for p in pipe.transformer.parameters()) < 13e6
+
+
+def test_solids_weigh_more_the_less_noise_there_is() -> None:
+    error = torch.ones(2, 3, 4, 4)
+    error[..., :2, :2] = 2  # one token of four
+    layouts = torch.zeros(2, 4, len(KINDS) + len(COLORS) + 1)
+    layouts[:, 0, 1] = 0.1
+    noise, clean = torch.zeros(2), torch.ones(2)
+    weight = 1 + base.SOLIDS_WEIGHT
+    assert base.velocity_loss(error, noise, layouts).item() == pytest.approx(error.square().mean().item())
+    assert base.velocity_loss(error, clean, layouts).item() == pytest.approx((4 * weight + 3) / (weight + 3))
 
 
 def test_layouts_count_what_the_scenes_hold() -> None:

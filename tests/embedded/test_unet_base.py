@@ -69,7 +69,8 @@ def test_the_untrained_unet_predicts_zero_velocity(untrained: StableDiffusionPip
     assert 10e6 < sum(parameter.numel() for parameter in pipe.unet.parameters()) < 12e6
     clean, text = torch.zeros(2, 8, 4, 4), torch.randn(2, 5, unet_base.TEXT_WIDTH)
     torch.manual_seed(3)
-    loss = unet_base._loss(pipe.unet, pipe.scheduler, clean, text)
+    nothing = torch.zeros(2, 4, 15)  # no solids in sight
+    loss = unet_base._loss(pipe.unet, pipe.scheduler, clean, text, nothing)
     torch.manual_seed(3)
     noise = torch.randn_like(clean)
     timesteps = torch.randint(1000, (2,))
