@@ -18,7 +18,7 @@ from transformers import CLIPTextModel
 
 from loco_diffusion.control.unet import TRAINING_TIMESTEPS, UNetFamily
 from loco_diffusion.data.scenes import TRAIN_SEEDS, sample_scene
-from loco_diffusion.embedded.base import (
+from loco_diffusion.embedded.lessons import (
     LAYOUT_WEIGHT,
     SCENES,
     KeptOutput,

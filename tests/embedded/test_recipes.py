@@ -11,7 +11,7 @@ from transformers import CLIPTokenizer, T5Tokenizer
 
 from loco_diffusion.data.render import render
 from loco_diffusion.data.scenes import COLORS, KINDS, sample_scene
-from loco_diffusion.embedded import base, loop, text, vae
+from loco_diffusion.embedded import base, lessons, loop, text, vae
 from loco_diffusion.embedded.pictures import rendered_scenes
 
 
@@ -112,14 +112,16 @@ def test_solids_weigh_more_the_less_noise_there_is() -> None:
     layouts = torch.zeros(2, 4, len(KINDS) + len(COLORS) + 1)
     layouts[:, 0, 1] = 0.1
     noise, clean = torch.zeros(2), torch.ones(2)
-    weight = 1 + base.SOLIDS_WEIGHT
-    assert base.velocity_loss(error, noise, layouts).item() == pytest.approx(error.square().mean().item())
-    assert base.velocity_loss(error, clean, layouts).item() == pytest.approx((4 * weight + 3) / (weight + 3))
+    weight = 1 + lessons.SOLIDS_WEIGHT
+    assert lessons.velocity_loss(error, noise, layouts).item() == pytest.approx(error.square().mean().item())
+    assert lessons.velocity_loss(error, clean, layouts).item() == pytest.approx(
+        (4 * weight + 3) / (weight + 3)
+    )
 
 
 def test_layouts_count_what_the_scenes_hold() -> None:
     scenes = [sample_scene(seed) for seed in range(3)]
-    layouts = base.scene_layouts(scenes, 8).float()
+    layouts = lessons.scene_layouts(scenes, 8).float()
     assert layouts.shape == (3, 64, len(KINDS) + len(COLORS) + 1)
     masks = render(scenes, 32).masks.float()
     for scene, layout, mask in zip(scenes, layouts, masks, strict=True):

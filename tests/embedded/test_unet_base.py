@@ -13,7 +13,7 @@ from loco_diffusion.bases import load_base
 from loco_diffusion.control import Controller, family_of
 from loco_diffusion.data.render import render
 from loco_diffusion.data.scenes import sample_scene
-from loco_diffusion.embedded import base, unet_base
+from loco_diffusion.embedded import lessons, unet_base
 from loco_diffusion.generation import Sampling, Session
 from loco_diffusion.images import to_pil
 
@@ -48,9 +48,9 @@ def built(runs: Path) -> StableDiffusionPipeline:
     """What the recipe makes of four scenes in two steps of two."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("loco_diffusion.embedded.pictures._SHARD", SCENES)
-        for module in (base, unet_base):
+        for module in (lessons, unet_base):
             patch.setattr(module, "SCENES", SCENES)
-        patch.setattr(base, "BATCH", 2)
+        patch.setattr(lessons, "BATCH", 2)
         patch.setattr("loco_diffusion.embedded.loop.UNFINISHED", runs)
         first = unet_base.build_unet_base(2, tiny_vae(), runs, "cpu")
         again = unet_base.build_unet_base(2, tiny_vae(), runs, "cpu")  # from its checkpoint
