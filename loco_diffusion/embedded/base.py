@@ -15,19 +15,7 @@ from torch import nn
 
 from loco_diffusion.control.flux import FluxFamily
 from loco_diffusion.data.scenes import TRAIN_SEEDS, sample_scene
-from loco_diffusion.embedded.lessons import (
-    LAYOUT_WEIGHT,
-    SCENES,
-    KeptOutput,
-    batch_of_step,
-    layout_head,
-    layout_loss,
-    optimizers,
-    scene_latents,
-    scene_layouts,
-    token_ids,
-    velocity_loss,
-)
+from loco_diffusion.embedded import lessons
 from loco_diffusion.embedded.loop import half_precision, train
 from loco_diffusion.embedded.text import build_text_encoders, build_tokenizers, share_capitals
 
@@ -52,25 +40,25 @@ def build_base(
             "transformer": pipe.transformer.to(device),
             "text_encoder": pipe.text_encoder.to(device),
             "text_encoder_2": pipe.text_encoder_2.to(device),
-            "layout": layout_head(FluxFamily().hidden_size(pipe.transformer)).to(device),
+            "layout": lessons.layout_head(FluxFamily().hidden_size(pipe.transformer)).to(device),
         }
     ).train()
-    latents = scene_latents(pipe, runs)
-    scenes = [sample_scene(seed) for seed in TRAIN_SEEDS[:SCENES]]
-    layouts = scene_layouts(scenes, latents.shape[-1] // FluxFamily.patch)
+    latents = lessons.scene_latents(pipe, runs)
+    scenes = [sample_scene(seed) for seed in TRAIN_SEEDS[: lessons.SCENES]]
+    layouts = lessons.scene_layouts(scenes, latents.shape[-1] // FluxFamily.patch)
     clip_ids, t5_ids = _tokens(pipe, [scene.caption for scene in scenes] + [""])
-    inner = KeptOutput(pipe.transformer.single_transformer_blocks[0])
+    inner = lessons.KeptOutput(pipe.transformer.single_transformer_blocks[0])
 
     def loss_of_step(step: int) -> torch.Tensor:
-        chosen, told = batch_of_step(step)
+        chosen, told = lessons.batch_of_step(step)
         layout = layouts[chosen].to(device)
         with half_precision(device):
             text = _read(model, clip_ids[told].to(device), t5_ids[told].to(device))
             loss = _loss(model["transformer"], latents[chosen].to(device).float(), text, layout)
             told_layout = model["layout"](inner.output[1])  # of the picture's tokens
-        return loss + LAYOUT_WEIGHT * layout_loss(told_layout, layout)
+        return loss + lessons.LAYOUT_WEIGHT * lessons.layout_loss(told_layout, layout)
 
-    train(runs / "base", model, optimizers(model, lr=2e-3), loss_of_step, steps)
+    train(runs / "base", model, lessons.optimizers(model, lr=2e-3), loss_of_step, steps)
     share_capitals(pipe.tokenizer_2, pipe.text_encoder_2)
     model.eval()
     return pipe
@@ -131,16 +119,16 @@ def _loss(
     """Flow matching (SD3, arXiv 2403.03206, equations 14 and 23) at the times that drawing takes.
 
     Logit-normal times, which are usual, hardly ever come near pure noise: one in 400 has sigma > .98, where drawing
-    takes two of 20 steps, and what captions tell had been learnt for lower ones only. Every batch covers all times.
+    takes two of 20 steps and little but the caption tells what is to be drawn. Every batch covers all times.
     """
     noise = torch.randn_like(clean)
     sigma = (torch.arange(len(clean)) + torch.rand(len(clean))).to(clean.device) / len(clean)
     sigma = TIME_SHIFT * sigma / (1 + (TIME_SHIFT - 1) * sigma)
     mixed = torch.lerp(clean, noise, sigma[:, None, None, None])
     velocity = FluxFamily().predict(transformer, mixed, sigma, text)
-    return velocity_loss(velocity - (noise - clean), 1 - sigma, layouts)
+    return lessons.velocity_loss(velocity - (noise - clean), 1 - sigma, layouts)
 
 
 def _tokens(pipe: FluxPipeline, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids of the captions for both encoders."""
-    return token_ids(pipe.tokenizer, captions), token_ids(pipe.tokenizer_2, captions)
+    return lessons.token_ids(pipe.tokenizer, captions), lessons.token_ids(pipe.tokenizer_2, captions)

@@ -48,8 +48,7 @@ def built(runs: Path) -> StableDiffusionPipeline:
     """What the recipe makes of four scenes in two steps of two."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("loco_diffusion.embedded.pictures._SHARD", SCENES)
-        for module in (lessons, unet_base):
-            patch.setattr(module, "SCENES", SCENES)
+        patch.setattr(lessons, "SCENES", SCENES)
         patch.setattr(lessons, "BATCH", 2)
         patch.setattr("loco_diffusion.embedded.loop.UNFINISHED", runs)
         first = unet_base.build_unet_base(2, tiny_vae(), runs, "cpu")
