@@ -67,7 +67,10 @@ class FeatureSum:
             picture = f"{hidden.shape[1]} tokens"
             if drawn is not None:
                 picture = f"{drawn[1] * self.token_pixels}x{drawn[0] * self.token_pixels} px"
+            remedy = "pass a map of the picture's size"
+            if drawn is None and hidden.shape[1] > rows * columns:
+                remedy += ", or do not compile the denoiser if there are reference pictures"
             raise UserError(
                 f"The map for {name!r} is {columns * self.token_pixels}x{rows * self.token_pixels} px "
-                f"({rows * columns} tokens), but the picture has {picture}; pass a map of the picture's size."
+                f"({rows * columns} tokens), but the picture has {picture}; {remedy}."
             )

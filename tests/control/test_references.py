@@ -14,6 +14,8 @@ from torch import Tensor
 
 from loco_diffusion import Controller
 from loco_diffusion.control.adapter import Route
+from loco_diffusion.control.features import Features, FeatureSum
+from loco_diffusion.control.rows import Rows
 from loco_diffusion.errors import UserError
 from loco_diffusion.images import to_pil
 
@@ -90,3 +92,9 @@ def test_qwen_image_with_a_reference() -> None:
     assert torch.equal(embedded[1][:, 16:], embedded[0][:, 16:])
     torch.testing.assert_close(embedded[1][:, :16], embedded[2])
     assert not torch.equal(embedded[1][:, :16], embedded[0][:, :16])
+
+
+def test_a_compiled_denoiser_cannot_tell_references_from_the_picture() -> None:
+    features = FeatureSum({"canny": Features(torch.zeros(1, 4, 8), (2, 2))}, 16, Rows(lambda: 1))
+    with pytest.raises(UserError, match="do not compile the denoiser if there are reference pictures"):
+        features.add(torch.zeros(1, 6, 8))
