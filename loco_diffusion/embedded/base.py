@@ -1,8 +1,4 @@
-"""Recipe of the packaged base model: a Flux-shaped DiT and its text encoders, trained together on scenes.
-
-It learns from the UNet base what is to be expected of a picture that noise nearly hides: a caption leaves so much open
-that the pictures themselves tell it only in the mean over many.
-"""
+"""Recipe of the packaged base model: a Flux-shaped DiT and its text encoders, trained together on scenes."""
 
 from __future__ import annotations
 
@@ -14,7 +10,6 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
-    StableDiffusionPipeline,
 )
 from torch import nn
 
@@ -22,24 +17,15 @@ from loco_diffusion.control.flux import FluxFamily
 from loco_diffusion.data.scenes import TRAIN_SEEDS, sample_scene
 from loco_diffusion.embedded import lessons
 from loco_diffusion.embedded.loop import half_precision, train
-from loco_diffusion.embedded.teacher import Teacher
 from loco_diffusion.embedded.text import build_text_encoders, build_tokenizers, share_capitals
-from loco_diffusion.embedded.unet_base import compile_blocks, shift_of
 
 # Of the times, in training and drawing alike (SD3, arXiv 2403.03206, section 5.3.2): where solids are to stand is
 # decided while the 32 channels of latents are nearly all noise.
 TIME_SHIFT = 3.0
-# Noise shares between which the teacher's velocities take the place of the pictures' own.
-TAUGHT_FROM, TAUGHT_ONLY = 0.5, 0.9
 
 
 def build_base(
-    steps: int,
-    vae: AutoencoderKL,
-    unet_base: StableDiffusionPipeline,
-    runs: Path,
-    device: str,
-    compiled: bool = False,
+    steps: int, vae: AutoencoderKL, runs: Path, device: str, compiled: bool = False
 ) -> FluxPipeline:
     """Train the transformer with its text encoders (or take them from their last checkpoint).
 
@@ -49,8 +35,6 @@ def build_base(
     if compiled:
         for block in [*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks]:
             block.compile(dynamic=False)
-        compile_blocks(unet_base.unet)
-    teacher = Teacher(unet_base.to(device), shift_of(vae))
     model = nn.ModuleDict(
         {
             "transformer": pipe.transformer.to(device),
@@ -62,9 +46,7 @@ def build_base(
     latents = lessons.scene_latents(pipe, runs)
     scenes = [sample_scene(seed) for seed in TRAIN_SEEDS[: lessons.SCENES]]
     layouts = lessons.scene_layouts(scenes, latents.shape[-1] // FluxFamily.patch)
-    captions = [scene.caption for scene in scenes] + [""]
-    clip_ids, t5_ids = _tokens(pipe, captions)
-    teacher_ids = lessons.token_ids(unet_base.tokenizer, captions)
+    clip_ids, t5_ids = _tokens(pipe, [scene.caption for scene in scenes] + [""])
     inner = lessons.KeptOutput(pipe.transformer.single_transformer_blocks[0])
 
     def loss_of_step(step: int) -> torch.Tensor:
@@ -72,10 +54,7 @@ def build_base(
         layout = layouts[chosen].to(device)
         with half_precision(device):
             text = _read(model, clip_ids[told].to(device), t5_ids[told].to(device))
-            clean = latents[chosen].to(device).float()
-            mixed, sigma, target = _lesson(clean, teacher, teacher_ids[told].to(device))
-            velocity = FluxFamily().predict(model["transformer"], mixed, sigma, text)
-            loss = lessons.velocity_loss(velocity - target, 1 - sigma, layout)
+            loss = _loss(model["transformer"], latents[chosen].to(device).float(), text, layout)
             told_layout = model["layout"](inner.output[1])  # of the picture's tokens
         return loss + lessons.LAYOUT_WEIGHT * lessons.layout_loss(told_layout, layout)
 
@@ -134,25 +113,20 @@ def _read(model: nn.ModuleDict, clip_ids: torch.Tensor, t5_ids: torch.Tensor) ->
     }
 
 
-def _lesson(
-    clean: torch.Tensor, teacher: Teacher, ids: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Noisy latents, their noise shares (B,) and the velocities to learn (SD3, arXiv 2403.03206, equation 14).
+def _loss(
+    transformer: nn.Module, clean: torch.Tensor, text: dict[str, torch.Tensor], layouts: torch.Tensor
+) -> torch.Tensor:
+    """Flow matching (SD3, arXiv 2403.03206, equations 14 and 23) at the times that drawing takes.
 
-    The times are those that drawing takes, and every batch covers all of them. Logit-normal ones, which are usual,
-    hardly ever come near pure noise: one in 400 has sigma > .98, where drawing takes two of 20 steps and little but
-    the caption tells what is to be drawn.
+    Logit-normal times, which are usual, hardly ever come near pure noise: one in 400 has sigma > .98, where drawing
+    takes two of 20 steps and little but the caption tells what is to be drawn. Every batch covers all times.
     """
     noise = torch.randn_like(clean)
     sigma = (torch.arange(len(clean)) + torch.rand(len(clean))).to(clean.device) / len(clean)
     sigma = TIME_SHIFT * sigma / (1 + (TIME_SHIFT - 1) * sigma)
     mixed = torch.lerp(clean, noise, sigma[:, None, None, None])
-    target = noise - clean
-    taught = sigma > TAUGHT_FROM
-    trust = ((sigma[taught] - TAUGHT_FROM) / (TAUGHT_ONLY - TAUGHT_FROM)).clamp(max=1)[:, None, None, None]
-    expected = teacher.velocity(mixed[taught], sigma[taught], ids[taught])
-    target[taught] = torch.lerp(target[taught], expected, trust)
-    return mixed, sigma, target
+    velocity = FluxFamily().predict(transformer, mixed, sigma, text)
+    return lessons.velocity_loss(velocity - (noise - clean), 1 - sigma, layouts)
 
 
 def _tokens(pipe: FluxPipeline, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:

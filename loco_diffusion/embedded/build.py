@@ -1,6 +1,6 @@
 """Rebuild what the package ships: `python -m loco_diffusion.embedded.build STAGE`.
 
-Stages, in the order they need one another: vae, decoder, unet, base, depth, classifier, adapters, unet-adapters,
+Stages, in the order they need one another: vae, decoder, base, unet, depth, classifier, adapters, unet-adapters,
 example. Each can be stopped at any moment and started again; it goes on from its last checkpoint. An accelerator is
 used where there is one.
 `--keep` takes a stopped training to another machine: it writes the weights of its last checkpoint into the folder
@@ -23,7 +23,6 @@ import typer
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from loco_diffusion.bases import load_base
 from loco_diffusion.embedded import (
     EXAMPLE_PICTURE,
     EXAMPLE_PROMPT,
@@ -39,15 +38,15 @@ from loco_diffusion.embedded.unet_base import build_unet_base
 from loco_diffusion.embedded.vae import build_vae, refine_decoder
 from loco_diffusion.quickstart import CONDITIONS
 
-STEPS = {"vae": 3000, "decoder": 8000, "unet": 5000, "base": 16000, "depth": 1200, "classifier": 3600}
+STEPS = {"vae": 3000, "decoder": 8000, "base": 16000, "unet": 5000, "depth": 1200, "classifier": 3600}
 EXAMPLE_SEED = 20_000_033
 
 
 class Stage(str, Enum):
     vae = "vae"
     decoder = "decoder"
-    unet = "unet"
     base = "base"
+    unet = "unet"
     depth = "depth"
     classifier = "classifier"
     adapters = "adapters"
@@ -77,13 +76,12 @@ def main(
     elif stage is Stage.decoder:
         refined = refine_decoder(count, _built_vae(runs, "vae"), runs, device)
         _replace(runs / "decoder" / "final", refined.save_pretrained)
+    elif stage is Stage.base:
+        base = build_base(count, _built_vae(runs), runs, device, compiled)
+        _replace(out / "base", base.to("cpu", torch.float16).save_pretrained)
     elif stage is Stage.unet:
         unet_base = build_unet_base(count, _built_vae(runs), runs, device, compiled)
         _replace(out / "unet_base", unet_base.to("cpu", torch.float16).save_pretrained)
-    elif stage is Stage.base:
-        teacher = load_base(out / "unet_base", torch.float32)
-        base = build_base(count, _built_vae(runs), teacher, runs, device, compiled)
-        _replace(out / "base", base.to("cpu", torch.float16).save_pretrained)
     elif stage is Stage.depth:
         network, processor = build_depth(count, runs, device)
         _replace(out / "depth", network.to("cpu", torch.float16).save_pretrained, processor.save_pretrained)

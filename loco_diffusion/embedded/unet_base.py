@@ -35,7 +35,8 @@ def build_unet_base(
     """
     pipe = untrained_pipeline(vae.to(device))
     if compiled:
-        compile_blocks(pipe.unet)
+        for block in [*pipe.unet.down_blocks, pipe.unet.mid_block, *pipe.unet.up_blocks]:
+            block.compile(dynamic=False)
     model = nn.ModuleDict(
         {
             "unet": pipe.unet.to(device, memory_format=torch.channels_last),
@@ -44,8 +45,7 @@ def build_unet_base(
         }
     ).train()
     latents = lessons.scene_latents(pipe, runs)
-    shift = shift_of(vae)
-    vae.register_to_config(shift_factor=0.0)  # Stable Diffusion's pipeline does not know of it
+    shift = drop_shift(vae)
     scenes = [sample_scene(seed) for seed in TRAIN_SEEDS[: lessons.SCENES]]
     layouts = lessons.scene_layouts(scenes, pipe.unet.config.sample_size // 2)
     ids = lessons.token_ids(pipe.tokenizer, [scene.caption for scene in scenes] + [""])
@@ -123,16 +123,15 @@ def _start_silent(unet: UNet2DConditionModel) -> None:
             nn.init.zeros_(module.bias)
 
 
-def shift_of(vae: AutoencoderKL) -> float:
-    """What latents normalised without the VAE's shift have more than those with it."""
+def drop_shift(vae: AutoencoderKL) -> float:
+    """Take the shift of the latents out of the configuration, which Stable Diffusion's pipeline does not know of.
+
+    Returns:
+        What latents normalised with the shift lack to those normalised without.
+    """
     shift: float = (vae.config.shift_factor or 0.0) * vae.config.scaling_factor
+    vae.register_to_config(shift_factor=0.0)
     return shift
-
-
-def compile_blocks(unet: UNet2DConditionModel) -> None:
-    """Compile a UNet's blocks for one size of batches."""
-    for block in [*unet.down_blocks, unet.mid_block, *unet.up_blocks]:
-        block.compile(dynamic=False)
 
 
 def _loss(

@@ -1,23 +1,19 @@
-"""The recipe of the base with a UNet: a silent start, latents without a shift, a run of two steps, and its teaching."""
+"""The recipe of the base with a UNet: a silent start, latents without a shift, and a run of two steps."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from torch import Tensor
 
 from loco_diffusion.bases import load_base
 from loco_diffusion.control import Controller, family_of
 from loco_diffusion.data.render import render
 from loco_diffusion.data.scenes import sample_scene
 from loco_diffusion.embedded import lessons, unet_base
-from loco_diffusion.embedded.base import build_base
-from loco_diffusion.embedded.teacher import Teacher
 from loco_diffusion.generation import Sampling, Session
 from loco_diffusion.images import to_pil
 
@@ -48,21 +44,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def few_scenes(runs: Path) -> Iterator[None]:
-    """Four scenes, in batches of two."""
+def built(runs: Path) -> StableDiffusionPipeline:
+    """What the recipe makes of four scenes in two steps of two."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("loco_diffusion.embedded.pictures._SHARD", SCENES)
         patch.setattr(lessons, "SCENES", SCENES)
         patch.setattr(lessons, "BATCH", 2)
         patch.setattr("loco_diffusion.embedded.loop.UNFINISHED", runs)
-        yield
-
-
-@pytest.fixture(scope="module")
-def built(runs: Path, few_scenes: None) -> StableDiffusionPipeline:
-    """What the recipe makes of them in two steps."""
-    first = unet_base.build_unet_base(2, tiny_vae(), runs, "cpu")
-    again = unet_base.build_unet_base(2, tiny_vae(), runs, "cpu")  # from its checkpoint
+        first = unet_base.build_unet_base(2, tiny_vae(), runs, "cpu")
+        again = unet_base.build_unet_base(2, tiny_vae(), runs, "cpu")  # from its checkpoint
     for one, other in zip(first.unet.parameters(), again.unet.parameters(), strict=True):
         assert torch.equal(one, other)
     return again
@@ -94,8 +84,7 @@ def test_latents_without_a_shift_mean_the_same_pictures(untrained: StableDiffusi
     family = family_of(pipe)
     with_shift = family.encode_pictures(pipe, pictures)
     decoded = family.decode_latents(pipe, with_shift)
-    shift = unet_base.shift_of(pipe.vae)
-    pipe.vae.register_to_config(shift_factor=0.0)
+    shift = unet_base.drop_shift(pipe.vae)
     without = family.encode_pictures(pipe, pictures)
     torch.testing.assert_close(with_shift + shift, without)
     torch.testing.assert_close(family.decode_latents(pipe, without), decoded)
@@ -129,33 +118,3 @@ def test_a_built_base_is_loaded_draws_and_can_be_controlled(
     original = to_pil(render([sample_scene(1)]).image[0])
     assert session.reconstruct([original])[0].size == (128, 128)
     assert Controller(session.pipe).family.token_pixels(session.pipe) == 8
-
-
-def test_a_teacher_that_knows_the_picture_tells_the_flow_s_velocity(
-    untrained: StableDiffusionPipeline,
-) -> None:
-    pipe, shift = untrained, 0.375
-    torch.manual_seed(0)
-    clean, noise = torch.randn(2, 3, 8, 4, 4)
-    timesteps = torch.tensor([0, 700, 999])
-    signal = pipe.scheduler.alphas_cumprod[timesteps].sqrt()
-    sigma = (1 - signal.square()).sqrt() / (signal + (1 - signal.square()).sqrt())
-
-    def knowing(latents: Tensor, told: Tensor, **text: object) -> tuple[Tensor]:
-        torch.testing.assert_close(told, timesteps.float())
-        torch.testing.assert_close(latents, pipe.scheduler.add_noise(clean + shift, noise, timesteps))
-        return (pipe.scheduler.get_velocity(clean + shift, noise, timesteps),)
-
-    teacher = Teacher(pipe, shift)
-    ids = lessons.token_ids(pipe.tokenizer, ["a red box"] * 3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipe.unet, "forward", knowing)
-        velocity = teacher.velocity(torch.lerp(clean, noise, sigma[:, None, None, None]), sigma, ids)
-    torch.testing.assert_close(velocity, noise - clean)
-
-
-def test_the_other_base_learns_from_it(built: StableDiffusionPipeline, runs: Path, few_scenes: None) -> None:
-    before = copy.deepcopy(built.unet.state_dict())
-    taught = build_base(2, tiny_vae(), built, runs, "cpu")
-    assert taught.transformer.proj_out.weight.abs().max() > 0
-    assert all(torch.equal(before[name], tensor) for name, tensor in built.unet.state_dict().items())
