@@ -65,10 +65,17 @@ def train(config: TrainingConfig, resume: str | Path | None = None, push_to: str
 
     Raises:
         UserError: the configuration asks for something that does not exist or does not fit, the output holds
-            another run, nobody is logged in to push, something cannot be written, or the loss became NaN or
-            infinite (the last checkpoint is intact then).
+            another run, nobody is logged in to push, something cannot be written, the memory does not suffice,
+            or the loss became NaN or infinite (the last checkpoint is intact then).
         KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, when a checkpoint is written.
     """
+    try:
+        return _train(config, resume, push_to)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"The memory does not suffice; {_memory_savers(config)}.") from error
+
+
+def _train(config: TrainingConfig, resume: str | Path | None, push_to: str | None) -> Path:
     split_base = split_asked(config)
     check_trackers(config.log_with)
     output = OutputFolder(Path(config.output))
@@ -121,6 +128,18 @@ def train(config: TrainingConfig, resume: str | Path | None = None, push_to: str
             push(output.adapter, push_to)
     accelerator.wait_for_everyone()
     return output.adapter
+
+
+def _memory_savers(config: TrainingConfig) -> str:
+    """What a run could still do to need less memory."""
+    savers = [
+        ("lower batch_size (more accumulation makes up for it)", config.batch_size > 1),
+        ("set gradient_checkpointing", not config.gradient_checkpointing),
+        ("set quantization to int8 or nf4", config.quantization is None),
+        ("set validation.pictures to 0, as drawing them takes the text encoders", config.validation.pictures),
+        ("lower data.size", True),
+    ]
+    return ", or ".join(saver for saver, is_left in savers if is_left)
 
 
 def _accelerator(config: TrainingConfig, output: OutputFolder) -> Accelerator:

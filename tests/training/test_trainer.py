@@ -22,6 +22,8 @@ from loco_diffusion.control.controller import Controller
 from loco_diffusion.errors import UserError
 from loco_diffusion.training.checkpoints import list_checkpoints, load_checkpoint
 from loco_diffusion.training.config import TrainingConfig
+from loco_diffusion.training.examples import Batch
+from loco_diffusion.training.objective import Objective
 from loco_diffusion.training.trainer import train
 
 
@@ -208,6 +210,28 @@ def test_optimizers_that_are_not_installed_are_refused(make: Any, monkeypatch: p
         ):
             train(config)
         assert not Path(config.output).exists()
+
+
+def test_too_little_memory_is_one_sentence_and_costs_no_checkpoint(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make(checkpoint_every=1, gradient_checkpointing=True)
+
+    def exhausted(objective: Objective, batch: Batch) -> torch.Tensor:
+        if _checkpoints(config):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return loss(objective, batch)
+
+    loss = Objective.loss
+    monkeypatch.setattr(Objective, "loss", exhausted)
+    with pytest.raises(
+        UserError, match="memory does not suffice; lower batch_size .*, or set quant"
+    ) as found:
+        train(config)
+    assert "gradient_checkpointing" not in str(found.value)
+    assert len(_checkpoints(config)) == 1
+    monkeypatch.undo()
+    train(config, resume="latest")
 
 
 def test_planes_are_fitted_to_gradients(make: Any) -> None:
