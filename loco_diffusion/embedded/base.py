@@ -18,6 +18,7 @@ from loco_diffusion.data.scenes import TRAIN_SEEDS, sample_scene
 from loco_diffusion.embedded import lessons
 from loco_diffusion.embedded.loop import half_precision, train
 from loco_diffusion.embedded.text import build_text_encoders, build_tokenizers, share_capitals
+from loco_diffusion.training.compilation import compile_blocks
 
 # Of the times, in training and drawing alike (SD3, arXiv 2403.03206, section 5.3.2): where solids are to stand is
 # decided while the 32 channels of latents are nearly all noise.
@@ -33,8 +34,7 @@ def build_base(
     """
     pipe = untrained_pipeline(vae.to(device))
     if compiled:
-        for block in [*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks]:
-            block.compile(dynamic=False)
+        compile_blocks(pipe.transformer)
     model = nn.ModuleDict(
         {
             "transformer": pipe.transformer.to(device),

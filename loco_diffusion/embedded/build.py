@@ -61,7 +61,8 @@ def main(
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, if not the recipe's own.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Only keep the last checkpoint's weights.")] = False,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile a base's blocks, for which a C++ compiler is needed.")
+        bool,
+        typer.Option("--compile", help="Compile the blocks of a base, for which a C++ compiler is needed."),
     ] = False,
 ) -> None:
     """Build one part of the packaged world."""
@@ -89,9 +90,9 @@ def main(
         classifier = build_classifier(count, runs, device)
         _replace(out / "classifier", classifier.to("cpu", torch.float16).save_pretrained)
     elif stage is Stage.adapters:
-        _build_adapters("packaged", runs, out)
+        _build_adapters("packaged", runs, out, compiled)
     elif stage is Stage.unet_adapters:
-        _build_adapters("packaged-unet", runs, out)
+        _build_adapters("packaged-unet", runs, out, compiled)
     else:
         _draw_example()
 
@@ -116,7 +117,7 @@ def _replace(folder: Path, *writers: Callable[[Path], object]) -> None:
     os.replace(unfinished, folder)
 
 
-def _build_adapters(base: str, runs: Path, out: Path) -> None:
+def _build_adapters(base: str, runs: Path, out: Path, compiled: bool) -> None:
     """Train all adapters of a packaged base."""
     from loco_diffusion.training.config import load_config
     from loco_diffusion.training.packaged import find_config
@@ -128,6 +129,7 @@ def _build_adapters(base: str, runs: Path, out: Path) -> None:
         changes = {
             "output": str(runs / folder / condition),
             "base": base if out == WEIGHTS else str(out / base_folder),
+            "torch_compile": compiled,
         }
         trained = train(load_config(find_config(name)).model_copy(update=changes), resume="latest")
         _replace(out / folder / condition, partial(_copy_in_half_precision, trained))

@@ -21,6 +21,7 @@ from loco_diffusion.data.scenes import TRAIN_SEEDS, sample_scene
 from loco_diffusion.embedded import lessons
 from loco_diffusion.embedded.loop import half_precision, train
 from loco_diffusion.embedded.text import TEXT_LENGTH, build_tokenizers, clip_config_of
+from loco_diffusion.training.compilation import compile_blocks
 
 CHANNELS, HEADS = (128, 192), (4, 6)
 TEXT_WIDTH = 128
@@ -35,8 +36,7 @@ def build_unet_base(
     """
     pipe = untrained_pipeline(vae.to(device))
     if compiled:
-        for block in [*pipe.unet.down_blocks, pipe.unet.mid_block, *pipe.unet.up_blocks]:
-            block.compile(dynamic=False)
+        compile_blocks(pipe.unet)
     model = nn.ModuleDict(
         {
             "unet": pipe.unet.to(device, memory_format=torch.channels_last),

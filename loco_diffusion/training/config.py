@@ -122,6 +122,10 @@ class TrainingConfig(Settings):
         default=False,
         description="Whether blocks of the denoiser are computed again in the backward pass, which saves memory.",
     )
+    torch_compile: bool = Field(
+        default=False,
+        description="Whether blocks of the denoiser are compiled: takes minutes, then steps are faster. Encoder route.",
+    )
     max_grad_norm: float = Field(
         default=1.0, gt=0, description="Gradients are clipped to this norm, all together."
     )
@@ -226,6 +230,14 @@ class TrainingConfig(Settings):
             raise ValueError(
                 f"adapter.fit_after is {self.adapter.fit_after}, so that in {self.steps} steps the adapter would not "
                 "learn; lower it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_compiles(self) -> TrainingConfig:
+        if self.torch_compile and self.tokens is not None:
+            raise ValueError(
+                "on the tokens route every block would be compiled for itself; remove torch_compile or tokens"
             )
         return self
 

@@ -33,6 +33,8 @@ def split_asked(config: TrainingConfig) -> bool:
         return False
     if config.tokens is not None:
         raise impossible_split("on the tokens route, which looks into blocks", "leave out tokens")
+    if config.torch_compile:
+        raise impossible_split("whose blocks are compiled", "leave out torch_compile")
     if config.quantization is not None:
         raise impossible_split(f"in {config.quantization}", "leave out quantization")
     return True

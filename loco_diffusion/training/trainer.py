@@ -27,6 +27,7 @@ from loco_diffusion.quantization import check_quantization
 from loco_diffusion.training.build import build_controller, build_schedule, build_source
 from loco_diffusion.training.card import documents
 from loco_diffusion.training.checkpoints import load_checkpoint, save_checkpoint
+from loco_diffusion.training.compilation import compile_blocks, explained, uncompiled
 from loco_diffusion.training.config import TrainingConfig
 from loco_diffusion.training.examples import Batch, Examples
 from loco_diffusion.training.held_out import split
@@ -65,12 +66,13 @@ def train(config: TrainingConfig, resume: str | Path | None = None, push_to: str
 
     Raises:
         UserError: the configuration asks for something that does not exist or does not fit, the output holds
-            another run, nobody is logged in to push, something cannot be written, the memory does not suffice,
-            or the loss became NaN or infinite (the last checkpoint is intact then).
+            another run, nobody is logged in to push, something cannot be written or compiled, the memory does
+            not suffice, or the loss became NaN or infinite (the last checkpoint is intact then).
         KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, when a checkpoint is written.
     """
     try:
-        return _train(config, resume, push_to)
+        with explained():
+            return _train(config, resume, push_to)
     except torch.OutOfMemoryError as error:
         raise UserError(f"The memory does not suffice; {_memory_savers(config)}.") from error
 
@@ -115,6 +117,8 @@ def _train(config: TrainingConfig, resume: str | Path | None, push_to: str | Non
         denoiser.train()
         if config.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
+        if config.torch_compile:
+            compile_blocks(denoiser)
         if checkpoint is not None:
             training.load(checkpoint)
         training.run(progress, held_out)
@@ -257,7 +261,7 @@ class _Training:
                 with self.controller({self.config.condition: batch.maps}, keep=batch.keep):
                     yield batch
 
-        with closing(batches()) as seen:
+        with closing(batches()) as seen, uncompiled(self.config):
             self.trainable.fit(self._loss, seen)
 
     def _watch(self, progress: Progress, held_out: Source | None, interruption: Interruption) -> Watch:

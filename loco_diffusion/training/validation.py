@@ -23,6 +23,7 @@ from loco_diffusion.generation import Session, default_sampling, fit_map
 from loco_diffusion.grid import picture_grid
 from loco_diffusion.images import fit, save_image
 from loco_diffusion.scoring import SCORES, TaskScores
+from loco_diffusion.training.compilation import uncompiled
 from loco_diffusion.training.config import TrainingConfig
 
 _COLUMNS = ("original", "condition", "with control", "without control")
@@ -168,7 +169,8 @@ class Validation:
         training = denoiser.training
         pipe.set_progress_bar_config(disable=True)
         forked = [device] if device.type != "cpu" else []
-        with torch.random.fork_rng(forked, device_type=device.type if forked else "cuda"):
+        rng = torch.random.fork_rng(forked, device_type=device.type if forked else "cuda")
+        with rng, uncompiled(self.config):
             try:
                 _place(parts, [device] * len(parts))
                 denoiser.eval()

@@ -110,6 +110,11 @@ def test_a_split_base_gives_the_same_adapter(
         ("ACCELERATE_USE_FSDP", {"tokens": {}}, "FSDP cannot split a base on the tokens route"),
         (
             "ACCELERATE_USE_FSDP",
+            {"torch_compile": True},
+            "FSDP cannot split a base whose blocks are compiled",
+        ),
+        (
+            "ACCELERATE_USE_FSDP",
             {"quantization": "int8"},
             "FSDP cannot split a base in int8; leave out quanti",
         ),

@@ -12,6 +12,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -232,6 +233,44 @@ def test_too_little_memory_is_one_sentence_and_costs_no_checkpoint(
     assert len(_checkpoints(config)) == 1
     monkeypatch.undo()
     train(config, resume="latest")
+
+
+@pytest.mark.slow
+def test_compiled_steps_are_steps_and_resume_bit_for_bit(make: Any) -> None:
+    fields = {
+        "adapter": {"options": {"r": 2, "num_rotations": 1, "side": "both", "init": "skew"}},
+        "validation": {"pictures": 1, "every": 2, "steps": 1},
+        "gradient_checkpointing": True,
+        "log_every": 1,
+        "steps": 3,
+    }
+    plain, compiled = make("plain", **fields), make("compiled", torch_compile=True, **fields)
+    train(plain)
+    torch._dynamo.reset()
+    with mock.patch.dict(torch._dynamo.utils.counters, clear=True) as counters:
+        train(compiled)
+        assert 2 <= counters["stats"]["unique_graphs"] <= 4  # a double and a single block; none to draw with
+    losses = [[report["loss"] for report in _reports(config)] for config in (plain, compiled)]
+    assert losses[1] == [pytest.approx(loss, rel=1e-3) for loss in losses[0]]
+    expected = _weights(compiled)
+    shutil.rmtree(Path(compiled.output) / "adapter")
+    for checkpoint in _checkpoints(compiled)[1:]:
+        shutil.rmtree(checkpoint)
+    train(compiled, resume="latest")
+    resumed = _weights(compiled)
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
+
+
+def test_what_cannot_be_compiled_is_one_sentence(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(graph: Any, inputs: Any) -> Any:
+        raise OSError("there is no compiler")
+
+    compile_with = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_with(module, backend=fail))
+    with pytest.raises(UserError, match=r"torch_compile failed \(.*there is no compiler.*\); install a"):
+        train(make(torch_compile=True))
+    with pytest.raises(UserError, match="remove torch_compile or tokens"):
+        make(torch_compile=True, tokens={})
 
 
 def test_planes_are_fitted_to_gradients(make: Any) -> None:
