@@ -5,7 +5,8 @@
     python eval/study.py --study methods --table
 
 Every run's result is a file of its own in eval/results/<study>; runs that have one are not repeated, so a study may
-be spread over many sittings. The trainings themselves resume, too. At the end the table and figure are drawn anew.
+be spread over many sittings; results of other settings or another base are refused. The trainings themselves resume,
+too. At the end the table and figure are drawn anew.
 """
 
 from __future__ import annotations
@@ -17,21 +18,26 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
+from benchmark import check_writable
 from report import write_text
 from rich.progress import Progress
 from settings import FOLDER, Settings, Study, names, read
 from study_report import best_rate, write_study
+from torch import nn
 
 from loco_diffusion.conditions import get_condition
 from loco_diffusion.console import progress_bars, quiet_libraries, run_app, say
 from loco_diffusion.data.render import render
 from loco_diffusion.data.scenes import TEST_SEEDS, VALIDATION_SEEDS, sample_scene
-from loco_diffusion.errors import UserError
+from loco_diffusion.errors import NotFiniteError, UserError
 from loco_diffusion.generation import Sampling, Session, open_session
 from loco_diffusion.images import to_pil
 from loco_diffusion.machine import describe_machine
 from loco_diffusion.scoring import TaskScores
+from loco_diffusion.training.cache import model_identity
+from loco_diffusion.training.checkpoints import list_checkpoints
 from loco_diffusion.training.config import TrainingConfig, make_config
 from loco_diffusion.training.journal import read_log
 from loco_diffusion.training.report import training_seconds
@@ -79,11 +85,15 @@ def study(
     tasks = _known(task, chosen.tasks, "task")
     methods = _known(method, list(chosen.methods), "method")
     quiet_libraries()
-    if not table:
-        folder.mkdir(parents=True, exist_ok=True)
-        for run in _runs(chosen, tasks, methods, folder):
-            say(f"Wrote {_take(chosen, run, runs / chosen.name, folder)}")
-    say(f"Wrote {write_study(folder, chosen.model_dump(mode='json'))}")
+    check_writable(folder)
+    base = _base_identity(chosen.base)
+    _check_results(chosen, base, folder)
+    try:
+        if not table:
+            for run in _runs(chosen, tasks, methods, folder):
+                say(f"Wrote {_take(chosen, run, base, runs / chosen.name, folder)}")
+    finally:
+        say(f"Wrote {write_study(folder, chosen)}")
 
 
 def _known(wanted: list[str] | None, known: list[str], what: str) -> list[str]:
@@ -93,6 +103,38 @@ def _known(wanted: list[str] | None, known: list[str], what: str) -> list[str]:
     return wanted or known
 
 
+def _base_identity(base: str) -> dict[str, str]:
+    """What stands for the weights that pictures of a base depend on."""
+    pipe = open_session(base).pipe
+    models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    return {name: model_identity(part) for name, part in models.items()}
+
+
+def _settings(study: Study, run: Run, base: dict[str, str]) -> dict[str, Any]:
+    """All that a run's scores depend on, as JSON types."""
+    training = training_config(study, run, Path("run")).model_dump(
+        mode="json", exclude={"output", "cache_folder"}
+    )
+    scoring = study.model_dump(include={"validation_pictures", "test_pictures", "sampling_steps"})
+    return {**training, **scoring, "base": base}
+
+
+def _check_results(study: Study, base: dict[str, str], folder: Path) -> None:
+    """Raise UserError if a result of the study's methods is of other settings than the study now has."""
+    for path in sorted(folder.glob("*--*.json")):
+        result = json.loads(path.read_text())
+        run = Run.model_validate(result["run"])
+        if run.method in study.methods:
+            wanted = _settings(study, run, base)
+            found = result["settings"]
+            changed = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
+            if changed:
+                raise UserError(
+                    f"{path} was made with another {' and '.join(changed)} than the study now has; delete the "
+                    "results that are outdated, or choose another --out."
+                )
+
+
 def _runs(study: Study, tasks: list[str], methods: list[str], folder: Path) -> Iterator[Run]:
     """The runs without a result: first each method's rates with the first seed, then its best rate with the others."""
     first, *others = study.seeds
@@ -100,8 +142,8 @@ def _runs(study: Study, tasks: list[str], methods: list[str], folder: Path) -> I
         for method in methods:
             tuning = [Run(task=task, method=method, lr=lr, seed=first) for lr in study.rates(method)]
             yield from (run for run in tuning if not (folder / run.file_name).exists())
-            lr = best_rate(folder, task, method)
-            repeats = [Run(task=task, method=method, lr=lr, seed=seed) for seed in others]
+            lr = best_rate(study, folder, task, method)
+            repeats = [Run(task=task, method=method, lr=lr, seed=seed) for seed in others if lr is not None]
             yield from (run for run in repeats if not (folder / run.file_name).exists())
 
 
@@ -136,35 +178,43 @@ def training_config(study: Study, run: Run, output: Path) -> TrainingConfig:
     return make_config(fields, f"{study.name}: {run.method}")
 
 
-def _take(study: Study, run: Run, runs: Path, folder: Path) -> Path:
+def _take(study: Study, run: Run, base: dict[str, str], runs: Path, folder: Path) -> Path:
     """Train, score and write the result of one run; its checkpoints are then no longer needed."""
     output = runs / Path(run.file_name).stem
+    if not list_checkpoints(output / "checkpoints"):
+        shutil.rmtree(output, ignore_errors=True)  # of a run whose result was deleted
     config = training_config(study, run, output)
-    diverged = ""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    result: dict[str, Any] = {
+        "run": run.model_dump(),
+        "settings": _settings(study, run, base),
+        "diverged": "",
+        "machine": describe_machine(device, PACKAGES),
+    }
     try:
-        adapter: Path | None = train(config, resume="latest")
-    except UserError as error:
-        if "diverged" not in str(error):
-            raise
-        adapter, diverged = None, str(error)
-    seconds = training_seconds(config, read_log(output / "log.jsonl"))
-    result: dict[str, Any] = {"run": run.model_dump(), "diverged": diverged, "seconds": round(seconds, 1)}
-    if adapter is not None:
-        session = open_session(study.base)
-        session.load_adapters({run.task: adapter})
-        parts = {
-            "validation": VALIDATION_SEEDS[: study.validation_pictures],
-            "test": TEST_SEEDS[: study.test_pictures],
-        }
-        with progress_bars() as progress:
-            for part, seeds in parts.items():
-                result[part] = _scores(study, run.task, session, seeds, progress)
-        groups = session.controller.trainable_parameters(run.task)
-        result["parameters"] = {name: sum(p.numel() for p in group) for name, group in groups.items()}
-    result["machine"] = describe_machine("cpu", PACKAGES)
+        adapter = train(config, resume="latest")
+        result |= _scored(study, run.task, adapter)
+    except NotFiniteError as error:
+        result["diverged"] = str(error)
+    result["seconds"] = round(training_seconds(config, read_log(output / "log.jsonl")), 1)
     path = write_text(folder / run.file_name, json.dumps(result, indent=1) + "\n")
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
     return path
+
+
+def _scored(study: Study, task: str, adapter: Path) -> dict[str, Any]:
+    """Scores and sizes of a trained adapter."""
+    session = open_session(study.base)
+    session.load_adapters({task: adapter})
+    groups = session.controller.trainable_parameters(task)
+    with progress_bars() as progress:
+        return {
+            "validation": _scores(
+                study, task, session, VALIDATION_SEEDS[: study.validation_pictures], progress
+            ),
+            "test": _scores(study, task, session, TEST_SEEDS[: study.test_pictures], progress),
+            "parameters": {name: sum(p.numel() for p in group) for name, group in groups.items()},
+        }
 
 
 def _scores(study: Study, task: str, session: Session, seeds: range, progress: Progress) -> dict[str, float]:

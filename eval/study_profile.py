@@ -73,7 +73,7 @@ def profile(
     study = read(Study, "studies", name)
     folder = out / study.name
     quiet_libraries()
-    by_method = best_runs(folder, task, [name for name, one in study.methods.items() if not one.tokens])
+    by_method = best_runs(study, folder, task)
     profiles = dict(_profiles(study, by_method, runs / study.name))
     if not profiles:
         raise UserError(f"{runs / study.name} holds no trained adapters of {task}; run eval/study.py first.")
@@ -83,6 +83,8 @@ def profile(
 
 def _profiles(study: Study, by_method: dict[str, list[Result]], runs: Path) -> Iterator[tuple[str, Profile]]:
     for method, results in by_method.items():
+        if study.methods[method].tokens:
+            continue  # its adapter acts on the condition alone
         first = Run(**results[0]["run"] | {"seed": study.seeds[0]})
         adapter = runs / Path(first.file_name).stem / "adapter"
         if adapter.is_dir():

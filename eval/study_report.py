@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from report import markdown_table, write_text
+from settings import Study
 
-from loco_diffusion.errors import UserError
 from loco_diffusion.scoring import SCORES, Score
 
 Result = dict[str, Any]
@@ -21,56 +20,52 @@ def read_results(folder: Path, task: str) -> list[Result]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{task}--*.json"))]
 
 
-def best_rate(folder: Path, task: str, method: str) -> float:
-    """The learning rate whose first run scores best on validation pictures.
-
-    Raises:
-        UserError: all of the method's runs diverged, or there are none.
-    """
-    score = SCORES[task][0]
-    runs = [r for r in read_results(folder, task) if r["run"]["method"] == method and "validation" in r]
-    if not runs:
-        raise UserError(
-            f"{method!r} has no run of {task} that did not diverge; give it lower learning rates."
-        )
-    first = min(run["run"]["seed"] for run in runs)
-    rated = {r["run"]["lr"]: r["validation"][score.key] for r in runs if r["run"]["seed"] == first}
+def best_rate(study: Study, folder: Path, task: str, method: str) -> float | None:
+    """The learning rate whose first run scores best on validation pictures; None if all of them diverged."""
+    score, rates = SCORES[task][0], study.rates(method)
+    rated = {
+        result["run"]["lr"]: result["validation"][score.key]
+        for result in read_results(folder, task)
+        if result["run"]["method"] == method
+        and result["run"]["seed"] == study.seeds[0]
+        and result["run"]["lr"] in rates
+        and "validation" in result
+    }
     choose = max if score.higher_is_better else min
-    return choose(rated, key=lambda lr: rated[lr])
+    return choose(rated, key=lambda lr: rated[lr]) if rated else None
 
 
-def write_study(folder: Path, study: dict[str, Any]) -> Path:
+def write_study(folder: Path, study: Study) -> Path:
     """Write README.md and a figure for each task from all results in a folder; returns the former's path."""
     parts = [
-        f"# The study `{study['name']}`",
+        f"# The study `{study.name}`",
         "Written by `python eval/study.py`; do not edit.",
-        study["description"].strip(),
-        f"{study['train_steps']} steps of {study['batch_size']}, {study['scenes']:,} scenes at {study['size']} px, "
-        f"layers: {study['target_modules']}; pictures in {study['sampling_steps']} steps without guidance. "
+        study.description.strip(),
+        f"{study.train_steps} steps of {study.batch_size}, {study.scenes:,} scenes at {study.size} px, "
+        f"layers: {study.target_modules}; pictures in {study.sampling_steps} steps without guidance. "
         "± is the standard deviation over the seeds.",
     ]
-    for task in study["tasks"]:
-        by_method = best_runs(folder, task, list(study["methods"]))
+    for task in study.tasks:
+        by_method = best_runs(study, folder, task)
         if by_method:
-            figure = _draw(folder / f"{task}.png", task, by_method, study["reference"])
-            parts += [f"## {task}", _table(task, by_method), f"![{task}: all methods]({figure.name})"]
+            figure = _draw(folder / f"{task}.png", task, by_method, study.reference)
+            parts += [f"## {task}", _table(study, task, by_method), *_remarks(study, folder, task, by_method)]
+            parts.append(f"![{task}: all methods]({figure.name})")
     return write_text(folder / "README.md", "\n\n".join(parts) + "\n")
 
 
-def best_runs(folder: Path, task: str, methods: list[str]) -> dict[str, list[Result]]:
-    """The runs with each method's best learning rate."""
-    found = defaultdict(list)
-    for result in read_results(folder, task):
-        found[result["run"]["method"]].append(result)
-    chosen = {}
-    for method in methods:
-        if any("validation" in result for result in found[method]):
-            lr = best_rate(folder, task, method)
-            chosen[method] = [r for r in found[method] if r["run"]["lr"] == lr and "test" in r]
+def best_runs(study: Study, folder: Path, task: str) -> dict[str, list[Result]]:
+    """The runs with each method's best learning rate that did not diverge; methods without any are left out."""
+    results, chosen = read_results(folder, task), {}
+    for method in study.methods:
+        lr = best_rate(study, folder, task, method)
+        if lr is not None:
+            own = [r for r in results if r["run"]["method"] == method and r["run"]["lr"] == lr]
+            chosen[method] = [result for result in own if "test" in result]
     return chosen
 
 
-def _table(task: str, by_method: dict[str, list[Result]]) -> str:
+def _table(study: Study, task: str, by_method: dict[str, list[Result]]) -> str:
     shown = [score for score in SCORES[task] if score.key not in ("ssim", "psnr")]
     arrows = [f"{score.title} {'↑' if score.higher_is_better else '↓'}" for score in shown]
     lines = [["method", *arrows, "lr", "seeds", "adapter parameters", "training s"]]
@@ -79,17 +74,39 @@ def _table(task: str, by_method: dict[str, list[Result]]) -> str:
     )
     for method in best_first:
         runs = by_method[method]
+        lr, rates = runs[0]["run"]["lr"], study.rates(method)
+        at_an_end = len(rates) > 1 and lr in (min(rates), max(rates))
         lines.append(
             [
                 method,
                 *(spread(values_of(runs, score)) for score in shown),
-                f"{runs[0]['run']['lr']:g}",
+                f"{lr:g}{' *' if at_an_end else ''}",
                 str(len(runs)),
                 f"{runs[0]['parameters']['adapter']:,}",
                 f"{mean(run['seconds'] for run in runs):.0f}",
             ]
         )
     return markdown_table(lines)
+
+
+def _remarks(study: Study, folder: Path, task: str, by_method: dict[str, list[Result]]) -> list[str]:
+    """What the table does not say: how well rates were tuned, what diverged, on which machines runs were trained."""
+    results = [result for result in read_results(folder, task) if result["run"]["method"] in study.methods]
+    diverged = [
+        f"{result['run']['method']} (lr {result['run']['lr']:g}, seed {result['run']['seed']})"
+        for result in results
+        if result["diverged"]
+    ]
+    machines = {
+        f"{machine['cpu']}, {machine['threads']} threads, {machine['device']}"
+        for result in results
+        for machine in [result["machine"]]
+    }
+    return [
+        "\\* the best of the rates that were tried, at an end of them: a better one may lie beyond. The seed that "
+        "chose the rate is one of those in the mean.",
+        f"Diverged, and not in the means: {', '.join(diverged) or 'none'}. Trained on: {'; '.join(sorted(machines))}.",
+    ]
 
 
 def values_of(runs: list[Result], score: Score) -> list[float]:

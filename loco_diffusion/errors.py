@@ -1,4 +1,4 @@
-"""The one exception type that means "the user can mend this"."""
+"""The exceptions that mean "the user can mend this"."""
 
 from __future__ import annotations
 
@@ -8,3 +8,7 @@ class UserError(ValueError):
 
     The command line prints the message on one line of standard error and exits with status 2.
     """
+
+
+class NotFiniteError(UserError):
+    """Numbers became NaN or infinite, in training or in a picture."""

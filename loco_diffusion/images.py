@@ -19,7 +19,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from loco_diffusion.errors import UserError
+from loco_diffusion.errors import NotFiniteError, UserError
 
 # Pillow logs damage that it then raises; without a handler of the user's, Python would print it.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
@@ -223,7 +223,7 @@ def to_pil(picture: Tensor) -> Image.Image:
         raise ValueError(f"expected a tensor of shape (3, H, W), got {tuple(picture.shape)}")
     values = picture.detach().float()
     if bool(values.isnan().any()):
-        raise UserError("The picture contains NaN; check the weights, or compute in float32.")
+        raise NotFiniteError("The picture contains NaN; check the weights, or compute in float32.")
     pixels = (values.clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
 

@@ -22,7 +22,7 @@ from loco_diffusion.attention_backend import quickest_attention
 from loco_diffusion.bases import load_base
 from loco_diffusion.control import Controller, family_of
 from loco_diffusion.data.sources import Source
-from loco_diffusion.errors import UserError
+from loco_diffusion.errors import NotFiniteError, UserError
 from loco_diffusion.quantization import check_quantization
 from loco_diffusion.training.build import build_controller, build_schedule, build_source
 from loco_diffusion.training.card import documents
@@ -408,10 +408,10 @@ class _Training:
             self.schedule.load_state_dict({"steps_done": self.step})
         self.saved_step = self.step
 
-    def _diverged(self) -> UserError:
+    def _diverged(self) -> NotFiniteError:
         newest = self.output.newest_checkpoint()
         intact = f"; {newest} is intact" if newest else ""
-        return UserError(
+        return NotFiniteError(
             f"Training diverged before step {self.step} (NaN or infinity){intact}; lower lr "
             f"(now {self.config.lr:g}) or encoder_lr (now {self.config.encoder_lr:g})."
         )
