@@ -146,7 +146,12 @@ class Demo:
         except UserError as error:  # the user knows the file by its own name
             raise UserError(str(error).replace(path, upload.get("orig_name") or "The picture")) from error
         fitted = fit(picture, self.session.defaults.width, self.session.defaults.height)
-        return {name: get_condition(name).extract(fitted) for name in self.conditions if name in picked}
+        adapters = self.session.controller.adapters
+        return {
+            name: adapters[name].make_condition().extract(fitted)
+            for name in self.conditions
+            if name in picked
+        }
 
 
 def build(session: Session) -> gr.Blocks:

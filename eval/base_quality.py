@@ -24,7 +24,7 @@ import typer
 from benchmark import check_writable, describe_environment
 from PIL import Image
 from prompt_accuracy import TITLES, PromptAccuracy
-from report import markdown_table, number, verdict, write_text
+from report import markdown_table, number, verdict
 from rich.progress import Progress
 from settings import FOLDER, Bar
 
@@ -34,6 +34,7 @@ from loco_diffusion.data.render import render
 from loco_diffusion.data.scenes import TEST_SEEDS, Scene, sample_scene
 from loco_diffusion.embedded import GUIDANCE, STEPS, load_packaged_classifier
 from loco_diffusion.embedded.scene_classifier import truth
+from loco_diffusion.files import write_text
 from loco_diffusion.generation import PACKAGED_SIZE, Sampling, Session, open_session
 from loco_diffusion.grid import picture_grid
 from loco_diffusion.images import save_image, to_pil, to_tensor

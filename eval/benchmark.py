@@ -11,7 +11,6 @@ table of all results is written anew beside them.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -26,7 +25,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from PIL import Image
-from report import write_table, write_text
+from report import write_table
 from rich.progress import Progress
 from settings import FOLDER, Experiment, Protocol, names, read
 
@@ -37,9 +36,10 @@ from loco_diffusion.data.render import render
 from loco_diffusion.data.scenes import sample_scene
 from loco_diffusion.embedded import packaged_adapter
 from loco_diffusion.errors import UserError
+from loco_diffusion.files import write_text
 from loco_diffusion.generation import Sampling, Session, open_session
 from loco_diffusion.images import to_pil
-from loco_diffusion.machine import cpu_name
+from loco_diffusion.machine import cpu_name, package_versions
 from loco_diffusion.scoring import TaskScores
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "torchmetrics", "controlnet-aux", "pillow", "numpy")
@@ -195,7 +195,7 @@ def describe_environment(session: Session) -> dict[str, Any]:
         digest.update(weights.cpu().contiguous().view(torch.uint8).numpy())
     return {
         "model_info": {"denoiser": type(denoiser).__name__, "sha256": digest.hexdigest()},
-        "package_info": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "package_info": package_versions(PACKAGES),
         "system_info": {
             "python": platform.python_version(),
             "cpu_count": os.cpu_count(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from settings import Bar, Protocol
 
 from loco_diffusion.errors import UserError
+from loco_diffusion.files import write_text
 from loco_diffusion.scoring import SCORES, Score
 
 REFERENCE = "no-control"
@@ -42,14 +42,6 @@ def write_table(folder: Path, protocol: Protocol) -> Path:
         raise UserError(f"There are no results in {folder}; run an experiment first.")
     results = [_read(path) for path in sorted(folder.glob("*.json"))]
     return write_text(folder / "README.md", _render(results, protocol))
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write a file atomically; returns its path."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-    return path
 
 
 def _read(path: Path) -> Result:
@@ -188,7 +180,7 @@ def _value(result: Result, task: str, key: str) -> float | None:
 
 
 def number(value: float | None) -> str:
-    """Three significant digits below 1, four above, without an exponent."""
+    """Three places after the point below 10, one below 1,000, none above; no exponent."""
     if value is None:
         return "–"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 1000 else f"{value:,.0f}"

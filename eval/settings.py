@@ -27,6 +27,12 @@ class Bar(Settings):
     at_least: float | None = None
     at_most: float | None = None
 
+    @model_validator(mode="after")
+    def _has_one_bound(self) -> Bar:
+        if (self.at_least is None) == (self.at_most is None):
+            raise ValueError(f"the bar of {self.score} needs at_least or at_most, one of them")
+        return self
+
 
 class RelativeBar(Bar):
     """What a task's score must reach, as a ratio to that of the experiment `than`."""
@@ -116,7 +122,7 @@ Kind = TypeVar("Kind", Protocol, Experiment, Study)
 
 
 def read(kind: type[Kind], folder: str, name: str) -> Kind:
-    """Read a protocol, an experiment or a study; its name is that of its file.
+    """Read a protocol, an experiment or a study; its name is that of its file, unless it has one of its own.
 
     Args:
         kind: Protocol, Experiment or Study.

@@ -21,7 +21,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from benchmark import check_writable
-from report import write_text
 from rich.progress import Progress
 from settings import FOLDER, Settings, Study, names, read
 from study_report import best_rate, write_study
@@ -32,6 +31,7 @@ from loco_diffusion.console import progress_bars, quiet_libraries, run_app, say
 from loco_diffusion.data.render import render
 from loco_diffusion.data.scenes import TEST_SEEDS, VALIDATION_SEEDS, sample_scene
 from loco_diffusion.errors import NotFiniteError, UserError
+from loco_diffusion.files import write_text
 from loco_diffusion.generation import Sampling, Session, open_session
 from loco_diffusion.images import to_pil
 from loco_diffusion.machine import describe_machine

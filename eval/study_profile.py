@@ -18,7 +18,7 @@ from typing import Annotated
 import torch
 import typer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from report import markdown_table, write_text
+from report import markdown_table
 from settings import FOLDER, Study, read
 from study import Run
 from study_report import Result, best_runs, spread, values_of
@@ -28,6 +28,7 @@ from loco_diffusion.adapters.inspection import inspect
 from loco_diffusion.console import quiet_libraries, run_app, say
 from loco_diffusion.control import layers
 from loco_diffusion.errors import UserError
+from loco_diffusion.files import write_text
 from loco_diffusion.generation import open_session
 from loco_diffusion.scoring import SCORES
 

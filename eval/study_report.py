@@ -7,9 +7,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from report import markdown_table, write_text
+from report import markdown_table
 from settings import Study
 
+from loco_diffusion.files import write_text
 from loco_diffusion.scoring import SCORES, Score
 
 Result = dict[str, Any]

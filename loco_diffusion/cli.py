@@ -117,7 +117,8 @@ def generate(
             )
         session.check_prompt_length(prompt)
         size = (sampling.width, sampling.height)
-        maps = {c: get_condition(c).extract(fit(loaded[c], *size)) for c in pictures}
+        adapters_of = session.controller.adapters
+        maps = {c: adapters_of[c].make_condition().extract(fit(loaded[c], *size)) for c in pictures}
         maps |= {c: fit_map(loaded[c], c, *size) for c in ready}
         bar = progress.add_task("Drawing", total=sampling.steps)
         picture = session.generate(

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from loco_diffusion.conditions import get_condition
 from loco_diffusion.generation import Sampling, Session
 from loco_diffusion.grid import picture_grid
 from loco_diffusion.images import fit
@@ -72,8 +71,8 @@ def compare(
 
     free = draw("without control", {})
     comparisons = []
-    for condition in session.controller.adapters:
-        condition_map = get_condition(condition).extract(original)
+    for condition, info in session.controller.adapters.items():
+        condition_map = info.make_condition().extract(original)
         controlled = draw(condition, {condition: condition_map})
         score = SCORES[condition][0]
         with_control, without_control = (

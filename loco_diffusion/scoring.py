@@ -16,7 +16,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-from loco_diffusion.conditions import Mask, get_condition
+from loco_diffusion.conditions import Condition, Mask, get_condition
 from loco_diffusion.errors import UserError
 from loco_diffusion.images import to_tensor
 from loco_diffusion.metrics import BlurMSE, EdgeF1, GrayMSE, MaskedMSE, PixelMSE
@@ -85,17 +85,20 @@ class TaskScores:
     """All scores of one task, each the mean over pictures.
 
     Args:
-        condition: the task.
+        condition: the task, by the name of its condition or by the condition itself, which then makes the maps
+            that are compared.
 
     Raises:
         UserError: the task has no scores.
     """
 
-    def __init__(self, condition: str) -> None:
-        if condition not in SCORES:
-            raise UserError(f"There are no scores for {condition!r}; choose from {', '.join(SCORES)}.")
-        self.condition = condition
-        self._metrics = {score.key: score.metric() for score in SCORES[condition]}
+    def __init__(self, condition: str | Condition) -> None:
+        name = condition if isinstance(condition, str) else condition.name
+        if name not in SCORES:
+            raise UserError(f"There are no scores for {name!r}; choose from {', '.join(SCORES)}.")
+        self._scores = SCORES[name]
+        self._condition = get_condition(name) if isinstance(condition, str) else condition
+        self._metrics = {score.key: score.metric() for score in self._scores}
         for metric in self._metrics.values():  # one process has all pictures; others may have nothing to add
             metric.sync_on_compute = False
 
@@ -107,10 +110,10 @@ class TaskScores:
             originals: what the condition maps were extracted from, as many and of one size.
         """
         pairs = {"pictures": (_stack(pictures), _stack(originals))}
-        if any(score.compared == "maps" for score in SCORES[self.condition]):
-            extract = get_condition(self.condition).extract
+        if any(score.compared == "maps" for score in self._scores):
+            extract = self._condition.extract
             pairs["maps"] = (_stack([extract(p) for p in pictures]), _stack([extract(p) for p in originals]))
-        for score in SCORES[self.condition]:
+        for score in self._scores:
             metric = self._metrics[score.key]
             if score.compared == "hidden":
                 metric.update(*pairs["pictures"], _hidden(originals))

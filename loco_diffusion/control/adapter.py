@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from loco_diffusion.control.encoder import ConditionEncoder, EncoderConfig, TokensConfig
 from loco_diffusion.errors import UserError
+from loco_diffusion.options import condition_with
+
+if TYPE_CHECKING:
+    from loco_diffusion.conditions import Condition
 
 Route = Literal["encoder", "tokens"]
 Window = tuple[float, float]
@@ -25,17 +29,37 @@ class AdapterInfo:
         method: peft's name of the adapter method, for example "LOCO".
         encoder: settings of its condition encoder; None on the tokens route.
         tokens: settings of the tokens route; None on the encoder route.
+        condition_options: fields of the condition that had other values in training than by default, such as the
+            depth network.
     """
 
     condition: str
     method: str
     encoder: EncoderConfig | None
     tokens: TokensConfig | None = None
+    condition_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def route(self) -> Route:
         """How the condition reaches the denoiser."""
         return "encoder" if self.tokens is None else "tokens"
+
+    def make_condition(self) -> Condition:
+        """The condition as it was in training, to extract maps with.
+
+        Raises:
+            UserError: there is no such condition here, or it has no such options.
+        """
+        from loco_diffusion.conditions import get_condition
+
+        condition = get_condition(self.condition)
+        try:
+            return condition_with(condition, self.condition_options)
+        except ValueError as error:
+            raise UserError(
+                f"The adapter was trained with another condition {self.condition!r} than there is here ({error}); "
+                "give ready maps."
+            ) from error
 
 
 @dataclass

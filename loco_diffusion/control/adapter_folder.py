@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors.torch import save_file
@@ -72,6 +72,7 @@ class ControlConfig(BaseModel):
     format: Literal[1] = 1
     route: Route = "encoder"
     condition: str
+    condition_options: dict[str, Any] = Field(default_factory=dict)
     encoder: EncoderConfig | None = None
     tokens: TokensConfig | None = None
     base: BaseDescription

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig
 from torch import Tensor, nn
@@ -58,6 +59,7 @@ class AdapterSet:
         config: PeftConfig,
         *,
         condition: str | None = None,
+        condition_options: Mapping[str, Any] | None = None,
         encoder: EncoderConfig | None = None,
         tokens: TokensConfig | None = None,
     ) -> None:
@@ -67,6 +69,7 @@ class AdapterSet:
             adapter_name: a new name: letters, digits, "_" and "-".
             config: of LoCO or of any peft method for layers; it is not changed.
             condition: what it is trained for; default: `adapter_name`.
+            condition_options: fields of the condition with other values than by default; they are saved with it.
             encoder: settings of the encoder route, which is the default one: EncoderConfig().
             tokens: settings of the tokens route, to take that instead.
 
@@ -79,7 +82,8 @@ class AdapterSet:
             raise UserError("There are settings for both routes; give encoder=..., or tokens=....")
         if tokens is None and encoder is None:
             encoder = EncoderConfig()
-        info = AdapterInfo(condition or adapter_name, layers.method_name(config), encoder, tokens)
+        options = dict(condition_options or {})
+        info = AdapterInfo(condition or adapter_name, layers.method_name(config), encoder, tokens, options)
         self._attach(adapter_name, config, info, None, None)
 
     def load_adapter(self, path_or_hub_id: str | os.PathLike[str], adapter_name: str | None = None) -> str:
@@ -102,7 +106,11 @@ class AdapterSet:
         control = content.control
         name = adapter_name or control.condition
         info = AdapterInfo(
-            control.condition, layers.method_name(content.method), control.encoder, control.tokens
+            control.condition,
+            layers.method_name(content.method),
+            control.encoder,
+            control.tokens,
+            control.condition_options,
         )
         try:
             self._attach(name, content.method, info, content.adapter, content.encoder)
@@ -144,6 +152,7 @@ class AdapterSet:
             control=ControlConfig(
                 route=adapter.info.route,
                 condition=adapter.info.condition,
+                condition_options=dict(adapter.info.condition_options),
                 encoder=adapter.info.encoder,
                 tokens=adapter.info.tokens,
                 base=self.base,

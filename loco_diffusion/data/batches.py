@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import count
+from threading import Lock
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -99,16 +100,18 @@ class StreamedBatches:
         self._next = 0
         self._batches = self._all()
         self._last: tuple[int, list[Record]] | None = None
+        self._reading = Lock()  # an adapter that is fitted to gradients asks while batches are read ahead
 
     def batch(self, number: int) -> tuple[int, list[Record]]:
         """See `Batches`; a batch before the last one that was asked for makes the stream start again."""
-        if number < self._next - 1:
-            self._next, self._batches = 0, self._all()
-        while self._next <= number:
-            self._last = next(self._batches)
-            self._next += 1
-        assert self._last is not None
-        return self._last
+        with self._reading:
+            if number < self._next - 1:
+                self._next, self._batches = 0, self._all()
+            while self._next <= number:
+                self._last = next(self._batches)
+                self._next += 1
+            assert self._last is not None
+            return self._last
 
     def _all(self) -> Iterator[tuple[int, list[Record]]]:
         waiting: list[deque[Record]] = [deque() for _ in self.framing.sizes]

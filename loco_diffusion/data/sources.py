@@ -148,7 +148,7 @@ class FolderSource:
         self.folder = folder
         self._entries: list[tuple[Path, str, Path | None]] = []
         if not folder.is_dir():
-            raise UserError(f"The picture folder {folder} does not exist; check data.path.")
+            raise UserError(f"The picture folder {folder} does not exist; check its path.")
         try:
             lines = (folder / METADATA).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:

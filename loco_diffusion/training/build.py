@@ -69,6 +69,7 @@ def build_controller(config: TrainingConfig, pipe: DiffusionPipeline) -> Control
         config.condition,
         config.adapter.peft_config(targets),
         condition=config.condition,
+        condition_options=config.condition_options,
         encoder=None if config.tokens else EncoderConfig(**config.encoder.model_dump()),
         tokens=TokensConfig(**config.tokens.model_dump()) if config.tokens else None,
     )

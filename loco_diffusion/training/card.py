@@ -129,7 +129,7 @@ def model_card(
         condition=config.condition,
         method=method,
         route="tokens" if config.tokens else "encoder",
-        pictures="![Held-out pictures: original, condition, with control, without control](samples.png)\n"
+        pictures="![Validation pictures: original, condition, with control, without control](samples.png)\n"
         if has_pictures
         else "",
         snippet=snippet(config, base, hub_id),
@@ -167,8 +167,9 @@ def _scores(config: TrainingConfig, records: Sequence[Record]) -> str:
         better = "higher" if score.higher_is_better else "lower"
         lines.append(f"| {score.title} | {better} | {' | '.join(cells)} |")
     where = "pictures of a folder of its own" if config.validation.path else "validation pictures"
+    count = next(record["pictures"] for record in reversed(records) if record.get("event") == "validation")
     about = (
-        f"After the last step, on the {config.validation.pictures} {where} that watched the run: too few to compare "
+        f"After the last step, on the {count} {where} that watched the run: too few to compare "
         "methods by, enough to see that it works. The VAE's round trip is the best that any control could do."
     )
     return "\n".join(["## Scores", "", *lines, "", about, "", ""])
@@ -195,4 +196,7 @@ def _portable(config: TrainingConfig) -> dict[str, object]:
     for section, name in (("data", "path"), ("data", "name"), ("validation", "path")):
         if fields[section].get(name):
             fields[section][name] = portable_name(fields[section][name])
+    fields["cache_folder"] = None
+    if isinstance(model := fields["condition_options"].get("model"), str):
+        fields["condition_options"]["model"] = portable_name(model)
     return fields

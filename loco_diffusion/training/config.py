@@ -19,8 +19,8 @@ from pydantic import (
 )
 
 from loco_diffusion.errors import UserError
+from loco_diffusion.options import condition_with
 from loco_diffusion.training.data_config import DATA_SOURCES, Data, DatasetData, ScenesData
-from loco_diffusion.training.options import condition_with
 from loco_diffusion.training.settings import (
     AdapterSettings,
     EncoderSettings,
@@ -142,7 +142,10 @@ class TrainingConfig(Settings):
         default=0.1, ge=0, le=1, description="Share of examples that lose their map."
     )
     seed: int = Field(
-        default=0, ge=0, description="Of the initial weights, the data order and every random draw."
+        default=0,
+        ge=0,
+        lt=2**32,
+        description="Of the initial weights, the data order and every random draw.",
     )
     validation: ValidationSettings = Field(
         default=ValidationSettings(), description="The pictures that the run is watched by."

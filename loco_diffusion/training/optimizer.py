@@ -106,7 +106,6 @@ class Optimizer:
 
     def _build(self) -> torch.optim.Optimizer:
         config = self.config
-        check_optimizer(config.optimizer)
         settings = {
             "adapter": {"lr": config.lr, "weight_decay": config.weight_decay},
             "encoder": {"lr": config.encoder_lr, "weight_decay": config.encoder_weight_decay},

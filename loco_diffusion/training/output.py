@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from loco_diffusion.errors import UserError
+from loco_diffusion.files import write_text
 from loco_diffusion.training.checkpoints import list_checkpoints, load_state
 from loco_diffusion.training.config import TrainingConfig, make_config
 from loco_diffusion.training.schedules import learning_rate_schedule
@@ -111,6 +115,21 @@ class OutputFolder:
         self._check_writable()
         return chosen
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """In the block no other process trains into this folder; a killed one keeps none out.
+
+        Raises:
+            UserError: another process does.
+        """
+        try:
+            with FileLock(self.root / ".lock", timeout=0):
+                yield
+        except Timeout as error:
+            raise UserError(
+                f"Another process trains into {self.root}; wait until it has ended, or choose another output."
+            ) from error
+
     def remove_leftovers(self) -> None:
         """Delete what a killed process was writing and nobody can read."""
         for folder, pattern in (
@@ -143,23 +162,6 @@ class OutputFolder:
             ) from error
         if not os.access(self.root, os.W_OK | os.X_OK):
             raise UserError(f"The output {self.root} is not writable; choose another output.")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file of a run atomically.
-
-    Raises:
-        UserError: it cannot be written, as on a full disk; what was there stays.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(
-            f"{path} cannot be written ({error.strerror or error}); free space or mend permissions, then resume."
-        ) from error
 
 
 def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:

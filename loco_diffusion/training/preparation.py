@@ -192,5 +192,6 @@ def _pixel_keys(
         "first map": tensor_identity(first.map),
     }
     if examples.map_kind == "tokens":
-        maps |= {"vae": latents["vae"], "stride": encoding.stride}
+        tokens = encoding.maps(first.map[None]).tokens
+        maps |= {"vae": latents["vae"], "stride": encoding.stride, "shape": list(tokens.shape)}
     return latents, maps

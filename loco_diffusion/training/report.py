@@ -17,12 +17,13 @@ from jinja2 import Environment
 from PIL import Image
 
 from loco_diffusion.control.adapter_folder import PACKAGES
+from loco_diffusion.files import write_text
 from loco_diffusion.machine import describe_machine
 from loco_diffusion.scoring import SCORES, Score
 from loco_diffusion.training.charts import Chart, Curve, draw_chart
 from loco_diffusion.training.config import TrainingConfig
 from loco_diffusion.training.journal import Record
-from loco_diffusion.training.output import OutputFolder, write_text
+from loco_diffusion.training.output import OutputFolder
 
 MOST_GRIDS = 12  # on the page; of more, evenly spread ones
 _QUALITY = 88  # of the page's copies of the grids
@@ -179,7 +180,8 @@ def _validations(records: Sequence[Record]) -> list[Record]:
 
 
 def _reference(records: Sequence[Record]) -> Record:
-    return next((record for record in records if record.get("event") == "reference"), {})
+    """The newest: a run that goes on with other validation settings takes it again."""
+    return next((record for record in reversed(records) if record.get("event") == "reference"), {})
 
 
 def _start(records: Sequence[Record]) -> Record:

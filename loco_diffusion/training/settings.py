@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loco_diffusion.errors import UserError
-from loco_diffusion.training.options import peft_config
+from loco_diffusion.options import peft_config
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from PIL import Image
 
+from loco_diffusion.data.sources import cause_of
 from loco_diffusion.errors import UserError
 from loco_diffusion.training.config import TrainingConfig
 from loco_diffusion.training.output import flat
@@ -37,6 +38,9 @@ class Trackers:
         config: of the run.
         run: identifier of the run, the same after a resume.
         step: how many steps are done; what TensorBoard has of later ones is hidden.
+
+    Raises:
+        UserError: a tracker cannot be started.
     """
 
     def __init__(self, accelerator: Accelerator, config: TrainingConfig, run: str, step: int) -> None:
@@ -51,7 +55,15 @@ class Trackers:
                 "tensorboard": {"purge_step": step + 1 if step else None},
                 "wandb": {"name": Path(config.output).name, "id": run, "resume": "allow"},
             }
-            accelerator.init_trackers(PROJECT, shown, settings)
+            try:
+                accelerator.init_trackers(PROJECT, shown, settings)
+            except (
+                Exception
+            ) as error:  # nobody is logged in, the network is down: each tracker has its own types
+                raise UserError(
+                    f"log_with {', '.join(config.log_with)} cannot be started ({cause_of(error)}); log in, or leave "
+                    "it out."
+                ) from error
 
     def log(self, group: str, values: dict[str, float], step: int) -> None:
         """Log numbers, under names like `train/loss`."""

@@ -141,7 +141,7 @@ class Trainable:
     def _begin_at(self, fitted: dict[str, Tensor]) -> None:
         layers.set_weights(self.denoiser, self.name, fitted)
         self._fitted = fitted
-        self._initial = self._copies()
+        self._initial["adapter"] = self._copies()["adapter"]
         if self._ema is not None:
             for average, parameter in zip(self._ema.shadow_params, self.parameters, strict=True):
                 average.copy_(parameter.detach())

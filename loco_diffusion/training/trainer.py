@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +71,13 @@ def train(config: TrainingConfig, resume: str | Path | None = None, push_to: str
         KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, when a checkpoint is written.
     """
     try:
-        with explained():
-            return _train(config, resume, push_to)
+        with explained(), ExitStack() as held:
+            return _train(config, resume, push_to, held)
     except torch.OutOfMemoryError as error:
         raise UserError(f"The memory does not suffice; {_memory_savers(config)}.") from error
 
 
-def _train(config: TrainingConfig, resume: str | Path | None, push_to: str | None) -> Path:
+def _train(config: TrainingConfig, resume: str | Path | None, push_to: str | None, held: ExitStack) -> Path:
     split_base = split_asked(config)
     check_trackers(config.log_with)
     output = OutputFolder(Path(config.output))
@@ -95,6 +95,8 @@ def _train(config: TrainingConfig, resume: str | Path | None, push_to: str | Non
     if push_to is not None and accelerator.is_main_process:
         check_push(push_to)
     accelerator.wait_for_everyone()  # all have looked before the first writes
+    if accelerator.is_main_process:
+        held.enter_context(output.locked())
     pipe: Any = load_base(config.base, getattr(torch, config.dtype), config.quantization)
     torch.manual_seed(config.seed)  # of the adapter's initial weights
     controller = build_controller(config, pipe)

@@ -73,20 +73,28 @@ class Validation:
         records = [source[number] for number in range(count)] if source is not None else []
         self.captions = [record.caption for record in records]
         self.originals = [fit(record.picture(), size, size) for record in records]
-        extract = config.make_condition().extract
+        self.condition = config.make_condition()
         given = [record.map() for record in records]
         self.maps = [
-            extract(original).convert("RGB") if own is None else fit_map(own, config.condition, size, size)
+            self.condition.extract(original).convert("RGB")
+            if own is None
+            else fit_map(own, config.condition, size, size)
             for original, own in zip(self.originals, given, strict=True)
         ]
+        # What a given mask hides is not known here.
+        self.is_scored = config.condition in SCORES and (
+            config.condition != "mask" or all(own is None for own in given)
+        )
         self._free: list[Image.Image] = []
 
     def reference(self) -> dict[str, dict[str, float]]:
         """Scores to compare with: of pictures drawn without control, and of the originals through the VAE."""
         if not self.originals:
             return {}
+        at_once = self.config.batch_size
+        parts = [self.originals[n : n + at_once] for n in range(0, len(self.originals), at_once)]
         with self._drawing():
-            reconstructed = self.session.reconstruct(self.originals)
+            reconstructed = [picture for part in parts for picture in self.session.reconstruct(part)]
         return {
             "without_control": _mean(self._scores(self._without_control())),
             "vae": _mean(self._scores(reconstructed)),
@@ -148,12 +156,12 @@ class Validation:
         )
 
     def _scores(self, pictures: list[Image.Image]) -> list[dict[str, float]]:
-        """Of each picture."""
+        """Of each picture; none where the task has none."""
         scores = []
         for picture, original in zip(pictures, self.originals, strict=True):
             own = {}
-            if self.config.condition in SCORES:
-                task = TaskScores(self.config.condition)
+            if self.is_scored:
+                task = TaskScores(self.condition)
                 task.update([picture], [original])
                 own = task.compute()
             scores.append(own)

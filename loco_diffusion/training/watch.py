@@ -70,10 +70,10 @@ class Watch:
         announce(self.progress, _introduction(self.config, sizes))
         if self.journal.last("start") is None:
             self.journal.write({"event": "start", "run": self.run, **sizes})
-        if self._lacks("reference", None):
-            scores = self.validation.reference()
-            self.journal.write({"event": "reference", **scores})
-        if step and self.is_due(step) and self._lacks("validation", step):
+        how = self.config.validation.model_dump(mode="json", exclude={"every"})
+        if self._lacks("reference", validation=how):
+            self.journal.write({"event": "reference", "validation": how, **self.validation.reference()})
+        if step and self.is_due(step) and self._lacks("validation", step=step):
             self.validate(step)
         self._restart(step)
 
@@ -110,7 +110,10 @@ class Watch:
         self.progress.update(self.task, note="validating ...")
         scores = self.validation.draw(step)
         turned = turning(self.denoiser, self.config.condition)
-        self.journal.write({"event": "validation", "step": step, "scores": scores, **turned})
+        pictures = len(self.validation.originals)
+        self.journal.write(
+            {"event": "validation", "step": step, "pictures": pictures, "scores": scores, **turned}
+        )
         self.trackers.log("validation", {**scores, **turned}, step)
         if scores:
             self.trackers.picture("validation/pictures", grid_path(self.output.samples, step), step)
@@ -151,10 +154,12 @@ class Watch:
                 parts.append(f"{name.removesuffix('_changed')} moved by {report[name]:.3g}")
         return ", ".join(parts)
 
-    def _lacks(self, event: str, step: int | None) -> bool:
-        """Whether the log has no such line, as the first process knows it."""
+    def _lacks(self, event: str, **fields: Any) -> bool:
+        """Whether the newest line of an event, as the first process knows it, has other fields or is missing."""
         newest = self.journal.last(event)
-        answer: list[Any] = [newest is None or (step is not None and newest["step"] != step)]
+        answer: list[Any] = [
+            newest is None or any(newest.get(name) != value for name, value in fields.items())
+        ]
         return bool(broadcast_object_list(answer)[0])
 
     def _restart(self, step: int) -> None:

@@ -38,6 +38,7 @@ def _tiny(name: str, base: Path, size: int, output: Path) -> TrainingConfig:
         "base": str(base),
         "output": str(output),
         "data": {"source": "scenes", "count": 3, "size": size},
+        "condition_options": {},  # which name networks of the hub
         "steps": 2,
         "batch_size": 2,
         "accumulation": min(2, fields["accumulation"]),

@@ -25,6 +25,7 @@ from loco_diffusion.training.checkpoints import list_checkpoints, load_checkpoin
 from loco_diffusion.training.config import TrainingConfig
 from loco_diffusion.training.examples import Batch
 from loco_diffusion.training.objective import Objective
+from loco_diffusion.training.output import OutputFolder
 from loco_diffusion.training.trainer import train
 
 
@@ -233,6 +234,15 @@ def test_too_little_memory_is_one_sentence_and_costs_no_checkpoint(
     assert len(_checkpoints(config)) == 1
     monkeypatch.undo()
     train(config, resume="latest")
+
+
+def test_two_processes_do_not_train_into_one_folder(make: Any) -> None:
+    config = make()
+    output = OutputFolder(Path(config.output))
+    output.root.mkdir()
+    with output.locked(), pytest.raises(UserError, match="Another process trains into .*; wait until"):
+        train(config)
+    train(config)
 
 
 @pytest.mark.slow

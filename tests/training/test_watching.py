@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from conftest import small_config
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -23,6 +24,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from loco_diffusion.adapters.inspection import inspect
+from loco_diffusion.conditions import Canny
 from loco_diffusion.control import adapter_folder
 from loco_diffusion.data.render import render
 from loco_diffusion.data.scenes import VALIDATION_SEEDS, sample_scene
@@ -37,6 +39,7 @@ from loco_diffusion.training.held_out import split
 from loco_diffusion.training.journal import read_log
 from loco_diffusion.training.output import OutputFolder
 from loco_diffusion.training.report import training_seconds, write_report
+from loco_diffusion.training.settings import ValidationSettings
 from loco_diffusion.training.trainer import train
 
 
@@ -249,6 +252,48 @@ def test_pictures_are_held_out_of_data_that_is_not_drawn(tmp_path: Path) -> None
     shutil.copytree(folder, other)
     (other / "metadata.jsonl").write_text(lines[7])
     assert parts(40, pictures=3, path=str(other)) == (everything, ["caption 7"])
+
+
+def test_other_validation_settings_bring_new_references(flux_folder: Path, tmp_path: Path) -> None:
+    short = _config(
+        flux_folder, tmp_path / "run", steps=2, lr_scheduler="constant", validation={"pictures": 0}
+    )
+    train(short)
+    assert "vae" not in _events(short, "reference")[0]
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    watched = short.model_copy(update={"steps": 3, "validation": ValidationSettings(pictures=2, steps=1)})
+    train(watched, resume="latest")
+    first, second = _events(watched, "reference")
+    assert "vae" not in first and second["without_control"] and second["vae"]
+    assert _events(watched, "validation")[-1]["pictures"] == 2
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "without control" in page
+
+
+def test_options_of_the_condition_go_with_the_adapter(flux_folder: Path, tmp_path: Path) -> None:
+    config = _config(flux_folder, tmp_path / "run", condition_options={"low": 20, "high": 40}, steps=1)
+    adapter = train(config)
+    session = open_session(flux_folder)
+    session.load_adapters({"canny": adapter})
+    assert session.controller.adapters["canny"].make_condition() == Canny(low=20, high=40)
+    picture = to_pil(render([sample_scene(VALIDATION_SEEDS[0])], 32).image[0])
+    scores = TaskScores(config.make_condition())
+    scores.update([picture], [picture])
+    assert scores.compute()["f1"] == 1
+
+
+def test_a_tracker_that_does_not_start_is_one_sentence(
+    flux_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("api_key not configured\n...")
+
+    monkeypatch.setattr(Accelerator, "init_trackers", fail)
+    config = _config(flux_folder, tmp_path / "run", log_with=["tensorboard"])
+    with pytest.raises(
+        UserError, match=r"log_with tensorboard cannot be started \(api_key not configured\); log"
+    ):
+        train(config)
 
 
 def test_trackers_that_are_not_there_are_refused(flux_folder: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -41,7 +41,7 @@ def peft_config(method: str, target_modules: str | list[str], options: dict[str,
         raise ValueError(f"{config_class.__name__} does not accept these options ({error})") from error
 
 
-def condition_with(condition: Condition, options: dict[str, Any]) -> Condition:
+def condition_with(condition: Condition, options: Mapping[str, Any]) -> Condition:
     """A condition with other values of some of its fields.
 
     Raises:
@@ -55,7 +55,7 @@ def condition_with(condition: Condition, options: dict[str, Any]) -> Condition:
     return dataclasses.replace(condition, **_checked(type(condition), known, options))
 
 
-def _checked(owner: type[Any], known: Iterable[str], options: dict[str, Any]) -> dict[str, Any]:
+def _checked(owner: type[Any], known: Iterable[str], options: Mapping[str, Any]) -> dict[str, Any]:
     """The options in the types that the class declares: peft itself would take r: "four"."""
     from peft import PeftConfig
 
