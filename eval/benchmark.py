@@ -65,6 +65,9 @@ def benchmark(
         Path | None,
         typer.Option(help="Folder with one adapter folder a task, instead of the experiment's own."),
     ] = None,
+    row: Annotated[
+        str | None, typer.Option(help="Name of the row of --adapters; default: the name of their folder.")
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first pictures, for a trial; kept out of the table.")
     ] = None,
@@ -76,7 +79,7 @@ def benchmark(
     folder = out / chosen.name
     if not table:
         wanted = names("experiments") if experiment == "all" else [experiment]
-        experiments = [_with_adapters(read(Experiment, "experiments", one), adapters) for one in wanted]
+        experiments = [_with_adapters(read(Experiment, "experiments", one), adapters, row) for one in wanted]
         count = min(limit or chosen.pictures, chosen.pictures)
         quiet_libraries()
         check_writable(folder)
@@ -86,11 +89,12 @@ def benchmark(
     say(f"Wrote {write_table(folder, chosen)}")
 
 
-def _with_adapters(experiment: Experiment, adapters: Path | None) -> Experiment:
-    """The experiment, with other adapters if it has any; it is then named after their folder."""
+def _with_adapters(experiment: Experiment, adapters: Path | None, row: str | None) -> Experiment:
+    """The experiment, with other adapters and another name if it has any adapters."""
     if experiment.pictures != "adapters" or adapters is None:
         return experiment
-    return experiment.model_copy(update={"name": adapters.resolve().name, "adapters": str(adapters)})
+    name = row or adapters.resolve().name
+    return experiment.model_copy(update={"name": name, "adapters": str(adapters)})
 
 
 def _run(experiment: Experiment, protocol: Protocol, count: int, folder: Path, progress: Progress) -> Path:

@@ -139,7 +139,7 @@ class Examples:
         self.config = config
         self.source = source
         self.condition = condition
-        self.timesteps = config.timesteps.resolved(family.flow)
+        self.timesteps = config.timesteps.resolved(family.flow, pipe.scheduler)
         self.family = family
         self.pipe = pipe
         self.process = process

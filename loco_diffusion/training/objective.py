@@ -127,7 +127,7 @@ class Objective:
         self.family = family_of(pipe)
         self.denoiser = self.family.denoiser(pipe)
         self.guidance = config.guidance
-        settings = config.timesteps.resolved(self.family.flow)
+        settings = config.timesteps.resolved(self.family.flow, pipe.scheduler)
         flow = self.family.flow
         self.ask: Ask = FlowMatching(settings) if flow else NoisePrediction(settings, pipe.scheduler)
 

@@ -45,7 +45,7 @@ def sample_sigmas(count: int, settings: TimestepSettings, rng: np.random.Generat
 
     Args:
         count: how many.
-        settings: resolved for the kind of model.
+        settings: resolved for the model.
         rng: of the batch.
 
     Source: Esser et al. 2024 (arXiv 2403.03206), the densities (section 3.1) and the resolution-dependent shift
@@ -59,7 +59,8 @@ def sample_sigmas(count: int, settings: TimestepSettings, rng: np.random.Generat
         settings.mode_scale,
         generator=torch.Generator().manual_seed(int(rng.integers(2**63))),
     )
-    return settings.shift * sigmas / (1 + (settings.shift - 1) * sigmas)
+    shift = settings.shift or 1.0
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
 def draws_of(seed: int, batch: int, process: int) -> np.random.Generator:

@@ -101,10 +101,12 @@ class TimestepSettings(Settings):
     mode_scale: float = Field(
         default=1.29, ge=-1, le=1.75, description="Of mode: above 0, more of the middle; below, less."
     )
-    shift: float = Field(
-        default=1.0,
+    shift: float | None = Field(
+        default=None,
         gt=0,
-        description="sigma becomes shift sigma / (1 + (shift - 1) sigma); above 1, more noise.",
+        description="sigma becomes shift sigma / (1 + (shift - 1) sigma); above 1, more noise. Default: as the base's "
+        "scheduler has it, so that adapters learn at the times at which they draw; 1 where that depends on the "
+        "picture's size, and where noise is predicted.",
     )
     weighting: Literal["none", "sigma_sqrt", "cosmap", "min_snr"] | None = Field(
         default=None,
@@ -117,11 +119,12 @@ class TimestepSettings(Settings):
         description="Of min_snr: the signal-to-noise ratio above which errors count the same.",
     )
 
-    def resolved(self, flow: bool) -> TimestepSettings:
-        """With the defaults of a kind of models.
+    def resolved(self, flow: bool, scheduler: Any = None) -> TimestepSettings:
+        """With the defaults of a model.
 
         Args:
-            flow: whether they predict velocities, as `Family.flow` says.
+            flow: whether it predicts velocities, as `Family.flow` says.
+            scheduler: of its pipeline.
 
         Raises:
             UserError: the weighting is of the other kind.
@@ -134,8 +137,18 @@ class TimestepSettings(Settings):
             )
         sampling, weighting = ("logit_normal", "none") if flow else ("uniform", "min_snr")
         return self.model_copy(
-            update={"sampling": self.sampling or sampling, "weighting": self.weighting or weighting}
+            update={
+                "sampling": self.sampling or sampling,
+                "weighting": self.weighting or weighting,
+                "shift": self.shift or (_shift_of(scheduler) if flow else 1.0),
+            }
         )
+
+
+def _shift_of(scheduler: Any) -> float:
+    """By which a scheduler of flow matching shifts the times of every picture."""
+    config = getattr(scheduler, "config", {})
+    return 1.0 if config.get("use_dynamic_shifting") else float(config.get("shift", 1.0))
 
 
 class ValidationSettings(Settings):

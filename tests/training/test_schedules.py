@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from loco_diffusion.training.config import make_config
 from loco_diffusion.training.schedules import draws_of, learning_rate_schedule, sample_sigmas
@@ -37,6 +38,10 @@ def test_sigmas_have_the_right_medians() -> None:
     assert uniform.std() == pytest.approx(12**-0.5, abs=0.02)
     shifted = sample_sigmas(4000, TimestepSettings(shift=3).resolved(flow=True), rng)
     assert shifted.median() == pytest.approx(0.75, abs=0.02)  # 3 * 0.5 / (1 + 2 * 0.5)
+    for dynamic, expected in ((False, 0.75), (True, 0.5)):
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic)
+        own = sample_sigmas(4000, TimestepSettings().resolved(flow=True, scheduler=scheduler), rng)
+        assert own.median() == pytest.approx(expected, abs=0.02)
     noisier = sample_sigmas(4000, TimestepSettings(mean=1).resolved(flow=True), rng)
     assert noisier.median() == pytest.approx(0.731, abs=0.02)  # the sigmoid of 1
     middle = sample_sigmas(4000, TimestepSettings(sampling="mode"), rng)
