@@ -77,12 +77,17 @@ class Experiment(Settings):
 
 
 class Method(Settings):
-    """An adapter as a training configuration names it, and what is special about its runs."""
+    """An adapter as a training configuration names it, and what is special about its runs.
+
+    Attributes:
+        tasks: on which it is compared; default: all of the study's.
+    """
 
     method: str
     options: dict[str, Any] = {}
     fit_after: int = 0
     tokens: bool = False
+    tasks: list[str] | None = None
     learning_rates: list[float] | None = None
 
 

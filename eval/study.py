@@ -140,6 +140,8 @@ def _runs(study: Study, tasks: list[str], methods: list[str], folder: Path) -> I
     first, *others = study.seeds
     for task in tasks:
         for method in methods:
+            if task not in (study.methods[method].tasks or study.tasks):
+                continue
             tuning = [Run(task=task, method=method, lr=lr, seed=first) for lr in study.rates(method)]
             yield from (run for run in tuning if not (folder / run.file_name).exists())
             lr = best_rate(study, folder, task, method)
