@@ -38,7 +38,7 @@ from loco_diffusion.embedded.unet_base import build_unet_base
 from loco_diffusion.embedded.vae import build_vae, refine_decoder
 from loco_diffusion.quickstart import CONDITIONS
 
-STEPS = {"vae": 3000, "decoder": 8000, "base": 16000, "unet": 5000, "depth": 1200, "classifier": 3600}
+STEPS = {"vae": 3000, "decoder": 5600, "base": 11400, "unet": 5000, "depth": 1200, "classifier": 3600}
 EXAMPLE_SEED = 20_000_033
 
 
