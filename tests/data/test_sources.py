@@ -118,7 +118,7 @@ def test_bad_metadata_is_refused(folder: Path, text: str | None, message: str) -
 
 
 def test_missing_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"does not exist; check data\.path"):
+    with pytest.raises(UserError, match="does not exist; check its path"):
         FolderSource(tmp_path / "nowhere")
 
 

@@ -62,6 +62,7 @@ def test_a_run_killed_again_and_again_ends_like_an_uninterrupted_one(
 
     _assert_equal(tmp_path / "a", output)
     assert sorted(path.name for path in output.iterdir()) == [
+        ".lock",
         "adapter",
         "checkpoints",
         "config.yaml",
