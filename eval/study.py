@@ -122,11 +122,13 @@ def _settings(study: Study, run: Run, base: dict[str, str]) -> dict[str, Any]:
 def _check_results(study: Study, base: dict[str, str], folder: Path) -> None:
     """Raise UserError if a result of the study's methods is of other settings than the study now has."""
     for path in sorted(folder.glob("*--*.json")):
-        result = json.loads(path.read_text())
-        run = Run.model_validate(result["run"])
+        try:
+            result = json.loads(path.read_text())
+            run, found = Run.model_validate(result["run"]), dict(result["settings"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is no result of this study ({error!r}); delete it.") from error
         if run.method in study.methods:
             wanted = _settings(study, run, base)
-            found = result["settings"]
             changed = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
             if changed:
                 raise UserError(

@@ -49,25 +49,25 @@ import torch
 from diffusers import DiffusionPipeline
 
 from loco_diffusion import Controller
-from loco_diffusion.conditions import get_condition
 from loco_diffusion.images import fit, load_image
 
 pipe = DiffusionPipeline.from_pretrained("{base}"{revision}, dtype=torch.bfloat16)
 controller = Controller(pipe)
-controller.load_adapter("{adapter}")
-condition = get_condition("{condition}").extract(fit(load_image("photo.png"), {size}, {size}))
+name = controller.load_adapter("{adapter}")
+extract = controller.adapters[name].make_condition().extract
+condition = extract(fit(load_image("photo.png"), {size}, {size}))
 with controller({condition}=condition, strength=1.0):
     image = pipe(prompt="what the picture shows", height={size}, width={size}).images[0]
 image.save("drawn.png")"""
 
 _PACKAGED = """\
-from loco_diffusion.conditions import get_condition
 from loco_diffusion.generation import open_session
 from loco_diffusion.images import fit, load_image
 
 session = open_session("{base}")  # a stock pipeline, session.pipe, and its Controller
 session.load_adapters({{"{condition}": "{adapter}"}})
-condition = get_condition("{condition}").extract(fit(load_image("photo.png"), {size}, {size}))
+extract = session.controller.adapters["{condition}"].make_condition().extract
+condition = extract(fit(load_image("photo.png"), {size}, {size}))
 image = session.generate(["what the picture shows"], [0], maps={{"{condition}": condition}})[0]
 image.save("drawn.png")"""
 
@@ -167,7 +167,8 @@ def _scores(config: TrainingConfig, records: Sequence[Record]) -> str:
         better = "higher" if score.higher_is_better else "lower"
         lines.append(f"| {score.title} | {better} | {' | '.join(cells)} |")
     where = "pictures of a folder of its own" if config.validation.path else "validation pictures"
-    count = next(record["pictures"] for record in reversed(records) if record.get("event") == "validation")
+    last = next(record for record in reversed(records) if record.get("event") == "validation")
+    count = last.get("pictures", config.validation.pictures)  # earlier versions did not log it
     about = (
         f"After the last step, on the {count} {where} that watched the run: too few to compare "
         "methods by, enough to see that it works. The VAE's round trip is the best that any control could do."

@@ -120,15 +120,23 @@ class OutputFolder:
         """In the block no other process trains into this folder; a killed one keeps none out.
 
         Raises:
-            UserError: another process does.
+            UserError: another process does, or the lock cannot be written.
         """
+        lock = FileLock(self.root / ".lock")
         try:
-            with FileLock(self.root / ".lock", timeout=0):
-                yield
+            lock.acquire(timeout=0)
         except Timeout as error:
             raise UserError(
                 f"Another process trains into {self.root}; wait until it has ended, or choose another output."
             ) from error
+        except (OSError, NotImplementedError) as error:  # a full disk, a file system without locks
+            raise UserError(
+                f"The lock {self.root / '.lock'} cannot be written ({error}); free space, or choose another output."
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def remove_leftovers(self) -> None:
         """Delete what a killed process was writing and nobody can read."""

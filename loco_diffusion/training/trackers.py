@@ -57,9 +57,7 @@ class Trackers:
             }
             try:
                 accelerator.init_trackers(PROJECT, shown, settings)
-            except (
-                Exception
-            ) as error:  # nobody is logged in, the network is down: each tracker has its own types
+            except Exception as error:  # each tracker has types of its own
                 raise UserError(
                     f"log_with {', '.join(config.log_with)} cannot be started ({cause_of(error)}); log in, or leave "
                     "it out."

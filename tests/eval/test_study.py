@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from loco_diffusion.control.layers import check_config
+
 EVAL = Path(__file__).parents[2] / "eval"
 sys.path.insert(0, str(EVAL))
 import study  # noqa: E402
 import study_profile  # noqa: E402
 from settings import Study, read  # noqa: E402
 from study_report import best_rate, write_study  # noqa: E402
-
-from loco_diffusion.control.layers import check_config  # noqa: E402
 
 TOY = {
     "tasks": ["canny"],
@@ -79,6 +79,13 @@ def test_results_of_other_settings_are_refused(
     assert study.main(["--study", str(changed), "--table", "--out", str(out.parent)]) == 2
     message = "was made with another steps and test_pictures than the study now has; delete"
     assert message in capsys.readouterr().err
+
+
+def test_what_is_no_result_is_refused(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "canny--lora--lr1--seed0.json").write_text('{"run": {}}')
+    assert study.main(["--study", str(toy), "--table", "--out", str(tmp_path)]) == 2
+    assert "is no result of this study" in capsys.readouterr().err
 
 
 def test_methods_that_diverge_are_results(toy: Path, out: Path, tmp_path: Path) -> None:
