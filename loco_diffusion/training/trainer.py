@@ -26,7 +26,7 @@ from loco_diffusion.errors import NotFiniteError, UserError
 from loco_diffusion.quantization import check_quantization
 from loco_diffusion.training.build import build_controller, build_schedule, build_source
 from loco_diffusion.training.card import documents
-from loco_diffusion.training.checkpoints import load_checkpoint, save_checkpoint
+from loco_diffusion.training.checkpoints import load_checkpoint, load_state, save_checkpoint
 from loco_diffusion.training.compilation import compile_blocks, explained, uncompiled
 from loco_diffusion.training.config import TrainingConfig
 from loco_diffusion.training.examples import Batch, Examples
@@ -108,8 +108,10 @@ def _train(config: TrainingConfig, resume: str | Path | None, push_to: str | Non
     _move(frozen, accelerator.device)
     process = (accelerator.process_index, accelerator.num_processes)
     examples = Examples(config, source, config.make_condition(), family, pipe, accelerator.device, process)
+    finished = checkpoint is not None and load_state(checkpoint).get("step") == config.steps
     with progress_bar(accelerator.is_main_process) as progress:
-        prepare(examples, progress)
+        if not finished:
+            prepare(examples, progress)
         accelerator.wait_for_everyone()  # a cache on disk is of all processes' making
         _move([part for part in frozen if part not in examples.models], torch.device("cpu"))
         training = _Training(config, accelerator, controller, objective, examples, output, identity)

@@ -67,7 +67,8 @@ class Watch:
         Raises:
             StopRequested: see `Validation.draw`.
         """
-        announce(self.progress, _introduction(self.config, sizes))
+        if step < self.config.steps:
+            announce(self.progress, _introduction(self.config, sizes))
         if self.journal.last("start") is None:
             self.journal.write({"event": "start", "run": self.run, **sizes})
         how = self.config.validation.model_dump(mode="json", exclude={"every"})

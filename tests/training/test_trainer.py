@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from loco_diffusion.bases import load_base
 from loco_diffusion.control.controller import Controller
 from loco_diffusion.errors import UserError
+from loco_diffusion.training import trainer
 from loco_diffusion.training.checkpoints import list_checkpoints, load_checkpoint
 from loco_diffusion.training.config import TrainingConfig
 from loco_diffusion.training.examples import Batch
@@ -234,6 +235,24 @@ def test_too_little_memory_is_one_sentence_and_costs_no_checkpoint(
     assert len(_checkpoints(config)) == 1
     monkeypatch.undo()
     train(config, resume="latest")
+
+
+def test_a_finished_run_encodes_nothing_again(
+    make: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make()
+    train(config)
+    expected = _weights(config)
+    shutil.rmtree(Path(config.output) / "adapter")
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(trainer, "prepare", refuse)
+    capsys.readouterr()
+    train(config, resume="latest")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in _weights(config).items())
+    assert "Training canny" not in capsys.readouterr().err
 
 
 def test_two_processes_do_not_train_into_one_folder(make: Any) -> None:
