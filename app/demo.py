@@ -258,7 +258,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     model: Annotated[
         str | None,
-        typer.Option(metavar="DIR_OR_HUB_ID", help="A FLUX model; default: the packaged base."),
+        typer.Option(metavar="DIR_OR_HUB_ID", help="Base model; default: the packaged UNet."),
     ] = None,
     adapter: Annotated[
         list[str] | None,

@@ -32,7 +32,7 @@ from loco_diffusion.conditions import get_condition
 from loco_diffusion.console import progress_bars, quiet_libraries, run_app, say
 from loco_diffusion.data.render import render
 from loco_diffusion.data.scenes import TEST_SEEDS, Scene, sample_scene
-from loco_diffusion.embedded import GUIDANCE, STEPS, load_packaged_classifier
+from loco_diffusion.embedded import DEFAULT_BASE, GUIDANCE, STEPS, load_packaged_classifier
 from loco_diffusion.embedded.scene_classifier import truth
 from loco_diffusion.files import write_text
 from loco_diffusion.generation import PACKAGED_SIZE, Sampling, Session, open_session
@@ -69,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @app.command()
 def base_quality(
     base: Annotated[
-        str, typer.Option(help="packaged, packaged-unet, or a folder in diffusers' format.")
-    ] = "packaged",
+        str, typer.Option(help="packaged-dit, packaged-unet, or a folder in diffusers' format.")
+    ] = DEFAULT_BASE,
     count: Annotated[int, typer.Option(min=1, help="Held-out scenes.")] = 512,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = STEPS,
     guidance: Annotated[

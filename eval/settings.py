@@ -46,7 +46,7 @@ class Protocol(Settings):
 
     name: str
     description: str
-    base: str = "packaged"
+    base: str
     pictures: int = Field(ge=1)
     first_seed: int
     size: int
@@ -96,7 +96,7 @@ class Study(Settings):
 
     name: str
     description: str
-    base: str = "packaged"
+    base: str
     tasks: list[str]
     scenes: int = Field(ge=1)
     size: int

@@ -1,6 +1,6 @@
-"""Compare adapter methods: train each on the same batches, tune its learning rate, repeat over seeds.
+"""Compare adapter methods: train each on the same batches, tune its learning rate, repeat over tasks and seeds.
 
-    python eval/study.py --study methods --task canny
+    python eval/study.py --study methods
     python eval/study.py --study methods --method "loco both" --method lora
     python eval/study.py --study methods --table
 
@@ -15,6 +15,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -138,17 +139,19 @@ def _check_results(study: Study, base: dict[str, str], folder: Path) -> None:
 
 
 def _runs(study: Study, tasks: list[str], methods: list[str], folder: Path) -> Iterator[Run]:
-    """The runs without a result: first each method's rates with the first seed, then its best rate with the others."""
-    first, *others = study.seeds
-    for task in tasks:
-        for method in methods:
-            if task not in (study.methods[method].tasks or study.tasks):
-                continue
-            tuning = [Run(task=task, method=method, lr=lr, seed=first) for lr in study.rates(method)]
-            yield from (run for run in tuning if not (folder / run.file_name).exists())
-            lr = best_rate(study, folder, task, method)
-            repeats = [Run(task=task, method=method, lr=lr, seed=seed) for seed in others if lr is not None]
-            yield from (run for run in repeats if not (folder / run.file_name).exists())
+    """The runs without a result: each method's rates on the first task, then its best rate with all tasks and seeds."""
+    for method in methods:
+        tuning = [
+            Run(task=study.tasks[0], method=method, lr=lr, seed=study.seeds[0]) for lr in study.rates(method)
+        ]
+        yield from (run for run in tuning if not (folder / run.file_name).exists())
+        lr = best_rate(study, folder, method)
+        if lr is None:
+            continue
+        for task, seed in product(tasks, study.seeds):
+            run = Run(task=task, method=method, lr=lr, seed=seed)
+            if task in (study.methods[method].tasks or study.tasks) and not (folder / run.file_name).exists():
+                yield run
 
 
 def training_config(study: Study, run: Run, output: Path) -> TrainingConfig:

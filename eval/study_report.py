@@ -21,9 +21,10 @@ def read_results(folder: Path, task: str) -> list[Result]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{task}--*.json"))]
 
 
-def best_rate(study: Study, folder: Path, task: str, method: str) -> float | None:
-    """The learning rate whose first run scores best on validation pictures; None if all of them diverged."""
-    score, rates = SCORES[task][0], study.rates(method)
+def best_rate(study: Study, folder: Path, method: str) -> float | None:
+    """The rate whose first run scores best on the first task's validation pictures; None if all diverged."""
+    task, rates = study.tasks[0], study.rates(method)
+    score = SCORES[task][0]
     rated = {
         result["run"]["lr"]: result["validation"][score.key]
         for result in read_results(folder, task)
@@ -59,10 +60,10 @@ def best_runs(study: Study, folder: Path, task: str) -> dict[str, list[Result]]:
     """The runs with each method's best learning rate that did not diverge; methods without any are left out."""
     results, chosen = read_results(folder, task), {}
     for method in study.methods:
-        lr = best_rate(study, folder, task, method)
-        if lr is not None:
-            own = [r for r in results if r["run"]["method"] == method and r["run"]["lr"] == lr]
-            chosen[method] = [result for result in own if "test" in result]
+        lr = best_rate(study, folder, method)
+        own = [r for r in results if r["run"]["method"] == method and r["run"]["lr"] == lr and "test" in r]
+        if own:
+            chosen[method] = own
     return chosen
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from loco_diffusion.control.family import Pipeline
-from loco_diffusion.embedded import PACKAGED_BASES, packaged_base
+from loco_diffusion.embedded import DEFAULT_BASE, PACKAGED_BASES, packaged_base
 from loco_diffusion.errors import UserError
 from loco_diffusion.quantization import Quantization, quantization_config
 
@@ -31,8 +31,8 @@ def load_base(
     """Load a base model, on the CPU (but where the quantisation needs a GPU).
 
     Args:
-        model: a folder in diffusers' format, a hub id, or the name of a packaged base ("packaged", which None is
-            too, or "packaged-unet").
+        model: a folder in diffusers' format, a hub id, or the name of a packaged base ("packaged-dit" or
+            "packaged-unet", which None is, too).
         dtype: of its weights.
         quantization: of the denoiser's linear layers.
 
@@ -89,7 +89,7 @@ def is_packaged(model: str | os.PathLike[str] | None) -> bool:
 
 def _load(model: str | os.PathLike[str] | None, load: Callable[[str], Loaded]) -> Loaded:
     """What a function loads of a base model, given its folder or hub id."""
-    name = "packaged" if model is None else os.fspath(model)
+    name = DEFAULT_BASE if model is None else os.fspath(model)
     if name in PACKAGED_BASES:
         try:
             return load(str(packaged_base(name)))

@@ -69,7 +69,7 @@ def generate(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="DIR_OR_HUB_ID", help="Base model; default: the packaged one."),
+        typer.Option(metavar="DIR_OR_HUB_ID", help="Base model; default: packaged-unet."),
     ] = None,
     adapter: Annotated[
         list[str] | None,

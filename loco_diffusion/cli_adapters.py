@@ -32,7 +32,7 @@ def export(
         int | None, typer.Option(min=1, help="Truncate to this rank; default: the exact one.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="DIR_OR_HUB_ID", help="Its base model; default: the packaged one.")
+        str | None, typer.Option(metavar="DIR_OR_HUB_ID", help="Its base model; default: its packaged one.")
     ] = None,
 ) -> None:
     """Write a LoCO or LOFT adapter as a LoRA that gives the same pictures.
@@ -127,13 +127,24 @@ def _strengths(weights: str | None, count: int) -> list[float]:
     return strengths
 
 
+def packaged_base_of(content: PeftFolder) -> str | None:
+    """Name of the packaged base that an adapter says it was trained on, None if it names another."""
+    from loco_diffusion.control.adapter_folder import AdapterFolder
+    from loco_diffusion.embedded import PACKAGED_BASES
+
+    if not isinstance(content, AdapterFolder):
+        return None
+    names = {folder: name for name, (folder, _) in PACKAGED_BASES.items()}
+    return names.get(content.control.base.name_or_path or "")
+
+
 def load_on_base(folder: Path, content: PeftFolder, model: str | None) -> tuple[str, nn.Module]:
     """A base model's denoiser with an adapter in its layers, called NAME; the rest of the model is not loaded.
 
     Args:
         folder: of the adapter.
         content: what is in the folder.
-        model: a folder or hub id; None for the packaged base.
+        model: as for `load_base`; None for the packaged base that the adapter names.
 
     Returns:
         What the base's pipeline calls the denoiser, and the denoiser.
@@ -145,7 +156,7 @@ def load_on_base(folder: Path, content: PeftFolder, model: str | None) -> tuple[
     from loco_diffusion.control import layers
     from loco_diffusion.control.adapter_folder import AdapterFolder, check_denoiser
 
-    component, denoiser = load_denoiser(model)
+    component, denoiser = load_denoiser(model or packaged_base_of(content))
     if isinstance(content, AdapterFolder):
         check_denoiser(folder, content.control.base, denoiser)
     try:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from loco_diffusion.cli_adapters import NAME, Adapter, check_new, load_on_base
+from loco_diffusion.cli_adapters import NAME, Adapter, check_new, load_on_base, packaged_base_of
 from loco_diffusion.console import progress_bars, quiet_libraries, say
 from loco_diffusion.errors import UserError
 
@@ -32,7 +32,7 @@ def info(
         str | None,
         typer.Option(
             metavar="DIR_OR_HUB_ID",
-            help="Its base model, to count intruder dimensions; default: the packaged one, for its LoRAs.",
+            help="Its base model, to count intruder dimensions; default: its packaged one, for LoRAs.",
         ),
     ] = None,
 ) -> None:
@@ -139,18 +139,13 @@ def _orthogonality(inspection: Inspection | None) -> dict[str, str]:
 
 
 def _intruders(folder: Path, content: PeftFolder, model: str | None) -> dict[str, str]:
-    """Counted if there is a base model: the one that is named, or the packaged one for its LoRAs."""
+    """Counted if there is a base model: the one that is named, or the packaged one of LoRAs."""
     from peft import LoraConfig
 
     from loco_diffusion.adapters.inspection import THRESHOLD, TOP, count_intruders, layers_of
-    from loco_diffusion.control.adapter_folder import AdapterFolder
-    from loco_diffusion.embedded import packaged_base
 
-    if model is None:
-        if not (isinstance(content, AdapterFolder) and isinstance(content.method, LoraConfig)):
-            return {}
-        if content.control.base.name_or_path != packaged_base().name:
-            return {}
+    if model is None and not (isinstance(content.method, LoraConfig) and packaged_base_of(content)):
+        return {}
     with progress_bars() as progress:
         total = len(layers_of(content.method, content.adapter))
         task = progress.add_task("Counting intruder dimensions", total=total)

@@ -20,12 +20,12 @@ from loco_diffusion.bases import is_packaged, load_base
 from loco_diffusion.control import ConditionMap, Controller, family_of, resize_map
 from loco_diffusion.control.family import Pipeline
 from loco_diffusion.control.sampling import Sampling
-from loco_diffusion.embedded import GUIDANCE, STEPS, packaged_adapter
+from loco_diffusion.embedded import DEFAULT_BASE, GUIDANCE, STEPS, packaged_adapter
 from loco_diffusion.errors import UserError
 from loco_diffusion.images import to_pil, to_tensor
 
 PACKAGED_SIZE = 128
-"""Side in pixels of the pictures that the packaged base draws."""
+"""Side in pixels of the pictures that the packaged bases draw."""
 
 MAX_SIDE = 4096
 """Longest side, in pixels, that a picture may have; no supported base was trained on longer ones."""
@@ -49,7 +49,7 @@ class Session:
         pipe: Pipeline,
         defaults: Sampling,
         controller: Controller | None = None,
-        packaged: str = "packaged",
+        packaged: str = DEFAULT_BASE,
     ) -> None:
         self.pipe = pipe
         self.controller = controller or Controller(pipe)
@@ -216,7 +216,7 @@ def open_session(model: str | os.PathLike[str] | None = None, dtype: torch.dtype
     pipe.set_progress_bar_config(disable=True)
     defaults = default_sampling(pipe, packaged)
     _place(pipe)
-    name = os.fspath(model) if packaged and model is not None else "packaged"
+    name = os.fspath(model) if packaged and model is not None else DEFAULT_BASE
     return Session(pipe, defaults, packaged=name)
 
 

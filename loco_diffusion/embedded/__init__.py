@@ -1,4 +1,4 @@
-"""The packaged tiny base model, its depth network and its adapters, and the recipes that made them.
+"""The packaged tiny base models, their depth network and their adapters, and the recipes that made them.
 
 Everything is in the formats of diffusers, transformers and this library, so the folders below can stand wherever
 a folder of a real model can.
@@ -26,15 +26,17 @@ EXAMPLE_PROMPT = _FOLDER / "examples" / "scene.txt"
 # (edge F1 .391 against .416 on the DiT, 8 scenes).
 GUIDANCE = 2.5
 STEPS = 20
-PACKAGED_BASES = {"packaged": ("base", "adapters"), "packaged-unet": ("unet_base", "unet_adapters")}
+PACKAGED_BASES = {"packaged-dit": ("base", "adapters"), "packaged-unet": ("unet_base", "unet_adapters")}
 """Names of the packaged base models, with the folders of theirs and of their adapters."""
+DEFAULT_BASE = "packaged-unet"
+"""The one that follows its captions better."""
 
 
-def packaged_base(name: str = "packaged") -> Path:
+def packaged_base(name: str) -> Path:
     """Folder of a packaged base model for 128 px pictures.
 
     Args:
-        name: "packaged" for a FluxPipeline, "packaged-unet" for a StableDiffusionPipeline.
+        name: "packaged-dit" for a FluxPipeline, "packaged-unet" for a StableDiffusionPipeline.
 
     Raises:
         UserError: there is no such base.
@@ -58,7 +60,7 @@ def load_packaged_classifier() -> SceneClassifier:
     return network.eval()
 
 
-def packaged_adapter(condition: str, base: str = "packaged") -> Path:
+def packaged_adapter(condition: str, base: str) -> Path:
     """Folder of the packaged LoCO adapter of a condition.
 
     Args:
@@ -72,11 +74,11 @@ def packaged_adapter(condition: str, base: str = "packaged") -> Path:
 
 
 def load_packaged_pipeline(dtype: torch.dtype | None = None) -> FluxPipeline:
-    """The packaged base model as a stock FluxPipeline, in float32 unless another dtype is given."""
+    """The packaged DiT as a stock FluxPipeline, in float32 unless another dtype is given."""
     import torch
     from diffusers import FluxPipeline
 
-    return FluxPipeline.from_pretrained(packaged_base(), dtype=dtype or torch.float32)
+    return FluxPipeline.from_pretrained(packaged_base("packaged-dit"), dtype=dtype or torch.float32)
 
 
 def _folders_of(base: str) -> tuple[str, str]:

@@ -90,7 +90,7 @@ def main(
         classifier = build_classifier(count, runs, device)
         _replace(out / "classifier", classifier.to("cpu", torch.float16).save_pretrained)
     elif stage is Stage.adapters:
-        _build_adapters("packaged", runs, out, compiled)
+        _build_adapters("packaged-dit", runs, out, compiled)
     elif stage is Stage.unet_adapters:
         _build_adapters("packaged-unet", runs, out, compiled)
     else:
@@ -100,7 +100,7 @@ def main(
 def _built_vae(runs: Path, *stages: str) -> AutoencoderKL:
     """The VAE of the last of these stages, by default of any, that has been through; else the packaged one."""
     built = [runs / stage / "final" for stage in stages or ("decoder", "vae")]
-    source = next((folder for folder in built if folder.exists()), packaged_base() / "vae")
+    source = next((folder for folder in built if folder.exists()), packaged_base("packaged-dit") / "vae")
     vae = AutoencoderKL.from_pretrained(source)
     vae.register_to_config(_name_or_path="")  # else the folder of this machine would be packaged
     return vae
@@ -125,7 +125,7 @@ def _build_adapters(base: str, runs: Path, out: Path, compiled: bool) -> None:
 
     base_folder, folder = PACKAGED_BASES[base]
     for condition in CONDITIONS:
-        name = f"embedded-{condition}" if base == "packaged" else f"embedded-unet-{condition}"
+        name = f"embedded-{condition}" if base == "packaged-dit" else f"embedded-unet-{condition}"
         changes = {
             "output": str(runs / folder / condition),
             "base": base if out == WEIGHTS else str(out / base_folder),

@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from loco_diffusion.embedded import DEFAULT_BASE, PACKAGED_BASES
 from loco_diffusion.errors import UserError
 from loco_diffusion.options import condition_with
 from loco_diffusion.training.data_config import DATA_SOURCES, Data, DatasetData, ScenesData
@@ -42,7 +43,8 @@ class TrainingConfig(Settings):
     )
     output: str = Field(description="Folder of the run: adapter/, checkpoints/, log.jsonl, config.yaml.")
     base: str = Field(
-        default="packaged", description='Frozen base: "packaged", a diffusers folder, or a hub id.'
+        default=DEFAULT_BASE,
+        description=f"Frozen base: {', '.join(PACKAGED_BASES)}, a diffusers folder, or a hub id.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Type of the frozen base's weights; what is trained is always float32."

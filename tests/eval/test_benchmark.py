@@ -29,9 +29,9 @@ TASKS = list(SCORES)
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one untrained adapter a task, for the packaged base."""
+    """A folder with one untrained adapter a task, for the packaged DiT."""
     folder = tmp_path_factory.mktemp("adapters") / "mine"
-    controller = open_session().controller
+    controller = open_session("packaged-dit").controller
     for task in TASKS:
         controller.add_adapter(task, LoCOConfig(r=1, num_rotations=1), encoder=EncoderConfig(hidden_size=8))
         controller.save_adapter(folder / task, task)
@@ -89,7 +89,7 @@ def test_the_numbers_are_those_of_the_pictures(results: Path, protocol: Path) ->
     settings = read(Protocol, "protocols", str(protocol))
     scenes = [sample_scene(seed) for seed in TEST_SEEDS[:2]]
     originals = [to_pil(picture) for picture in render(scenes, 128).image]
-    session = open_session()
+    session = open_session("packaged-dit")
     sampling = session.sampling(128, 128, settings.steps, settings.guidance)
     pictures = session.generate([scene.caption for scene in scenes], [42, 43], sampling)
     for name, drawn in (("no-control", pictures), ("vae-round-trip", session.reconstruct(originals))):

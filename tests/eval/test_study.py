@@ -57,7 +57,7 @@ def test_every_method_is_tuned_and_then_repeated(toy: Path, out: Path) -> None:
     results = [json.loads(path.read_text()) for path in out.glob("*.json")]
     assert len(results) == 2 * 3
     for method in TOY["methods"]:
-        best = best_rate(study_of(toy), out, "canny", method)
+        best = best_rate(study_of(toy), out, method)
         taken = [(r["run"]["seed"], r["run"]["lr"]) for r in results if r["run"]["method"] == method]
         assert sorted(taken) == sorted([(0, 1e-3), (0, 1e-2), (1, best)])
     assert all(0 <= result["test"]["f1"] <= 1 for result in results)
@@ -95,7 +95,7 @@ def test_methods_that_diverge_are_results(toy: Path, out: Path, tmp_path: Path) 
             result = {k: v for k, v in result.items() if k not in ("test", "validation", "parameters")}
             result["diverged"] = "Training diverged before step 1."
         (tmp_path / path.name).write_text(json.dumps(result))
-    assert best_rate(study_of(toy), tmp_path, "canny", "lora") is None
+    assert best_rate(study_of(toy), tmp_path, "lora") is None
     table = write_study(tmp_path, study_of(toy)).read_text()
     assert "| lora |" not in table and "| loco both |" in table
     assert table.count("lora (lr") == 3 and table.count("loco both (lr") == 1

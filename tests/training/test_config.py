@@ -19,7 +19,7 @@ MINIMAL = {"condition": "canny", "output": "runs/x", "steps": 3}
 @pytest.mark.parametrize("condition", ["canny", "depth", "mask", "colorization", "deblur"])
 def test_packaged_configs_are_valid(condition: str) -> None:
     config = load_config(ADAPTERS / f"{condition}.yaml")
-    assert (config.condition, config.base, config.data.source) == (condition, "packaged", "scenes")
+    assert (config.condition, config.base, config.data.source) == (condition, "packaged-dit", "scenes")
 
 
 def test_yaml_pitfalls_are_understood(tmp_path: Path) -> None:

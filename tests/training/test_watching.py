@@ -215,10 +215,10 @@ def test_the_card_tells_all_and_its_program_runs(
 
 def test_the_program_for_a_packaged_base_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config({"condition": "canny", "output": "x", "steps": 1, "data": {"source": "scenes"}})
-    base = adapter_folder.read(packaged_adapter("canny")).control.base
+    base = adapter_folder.read(packaged_adapter("canny", config.base)).control.base
     program = snippet(config, base, None)
     (tmp_path / "path" / "to" / "this").mkdir(parents=True)
-    (tmp_path / "path" / "to" / "this" / "folder").symlink_to(packaged_adapter("canny"))
+    (tmp_path / "path" / "to" / "this" / "folder").symlink_to(packaged_adapter("canny", config.base))
     Image.new("RGB", (50, 40), (200, 30, 30)).save(tmp_path / "photo.png")
     (tmp_path / "program.py").write_text(program)
     monkeypatch.chdir(tmp_path)
