@@ -134,8 +134,8 @@ def packaged_base_of(content: PeftFolder) -> str | None:
 
     if not isinstance(content, AdapterFolder):
         return None
-    names = {folder: name for name, (folder, _) in PACKAGED_BASES.items()}
-    return names.get(content.control.base.name_or_path or "")
+    name = content.control.base.name_or_path
+    return name if name in PACKAGED_BASES else None
 
 
 def load_on_base(folder: Path, content: PeftFolder, model: str | None) -> tuple[str, nn.Module]:

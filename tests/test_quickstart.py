@@ -35,10 +35,10 @@ def session() -> Session:
 def weights(session: Session, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the package ships, with the adapters of `session`."""
     folder = tmp_path_factory.mktemp("weights")
-    for part in ("unet_base", "depth"):
+    for part in ("packaged-unet", "depth"):
         (folder / part).symlink_to(embedded.WEIGHTS / part)
     for condition in CONDITIONS:
-        session.controller.save_adapter(folder / "unet_adapters" / condition, condition)
+        session.controller.save_adapter(folder / "packaged-unet-adapters" / condition, condition)
     return folder
 
 

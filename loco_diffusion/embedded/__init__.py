@@ -26,8 +26,8 @@ EXAMPLE_PROMPT = _FOLDER / "examples" / "scene.txt"
 # (edge F1 .391 against .416 on the DiT, 8 scenes).
 GUIDANCE = 2.5
 STEPS = 20
-PACKAGED_BASES = {"packaged-dit": ("base", "adapters"), "packaged-unet": ("unet_base", "unet_adapters")}
-"""Names of the packaged base models, with the folders of theirs and of their adapters."""
+PACKAGED_BASES = ("packaged-dit", "packaged-unet")
+"""Names of the packaged base models, and of their folders."""
 DEFAULT_BASE = "packaged-unet"
 """The one that follows its captions better."""
 
@@ -41,7 +41,8 @@ def packaged_base(name: str) -> Path:
     Raises:
         UserError: there is no such base.
     """
-    return _existing(WEIGHTS / _folders_of(name)[0])
+    _check_name(name)
+    return _existing(WEIGHTS / name)
 
 
 def packaged_depth_network() -> Path:
@@ -70,7 +71,8 @@ def packaged_adapter(condition: str, base: str) -> Path:
     Raises:
         UserError: none is packaged for this condition and base.
     """
-    return _existing(WEIGHTS / _folders_of(base)[1] / condition)
+    _check_name(base)
+    return _existing(WEIGHTS / f"{base}-adapters" / condition)
 
 
 def load_packaged_pipeline(dtype: torch.dtype | None = None) -> FluxPipeline:
@@ -81,10 +83,9 @@ def load_packaged_pipeline(dtype: torch.dtype | None = None) -> FluxPipeline:
     return FluxPipeline.from_pretrained(packaged_base("packaged-dit"), dtype=dtype or torch.float32)
 
 
-def _folders_of(base: str) -> tuple[str, str]:
+def _check_name(base: str) -> None:
     if base not in PACKAGED_BASES:
         raise UserError(f"{base} is no packaged base; choose from {', '.join(PACKAGED_BASES)}.")
-    return PACKAGED_BASES[base]
 
 
 def _existing(folder: Path) -> Path:

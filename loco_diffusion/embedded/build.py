@@ -26,7 +26,6 @@ from safetensors.torch import load_file, save_file
 from loco_diffusion.embedded import (
     EXAMPLE_PICTURE,
     EXAMPLE_PROMPT,
-    PACKAGED_BASES,
     WEIGHTS,
     packaged_base,
 )
@@ -79,10 +78,10 @@ def main(
         _replace(runs / "decoder" / "final", refined.save_pretrained)
     elif stage is Stage.base:
         base = build_base(count, _built_vae(runs), runs, device, compiled)
-        _replace(out / "base", base.to("cpu", torch.float16).save_pretrained)
+        _replace(out / "packaged-dit", base.to("cpu", torch.float16).save_pretrained)
     elif stage is Stage.unet:
         unet_base = build_unet_base(count, _built_vae(runs), runs, device, compiled)
-        _replace(out / "unet_base", unet_base.to("cpu", torch.float16).save_pretrained)
+        _replace(out / "packaged-unet", unet_base.to("cpu", torch.float16).save_pretrained)
     elif stage is Stage.depth:
         network, processor = build_depth(count, runs, device)
         _replace(out / "depth", network.to("cpu", torch.float16).save_pretrained, processor.save_pretrained)
@@ -123,12 +122,12 @@ def _build_adapters(base: str, runs: Path, out: Path, compiled: bool) -> None:
     from loco_diffusion.training.packaged import find_config
     from loco_diffusion.training.trainer import train
 
-    base_folder, folder = PACKAGED_BASES[base]
+    folder = f"{base}-adapters"
     for condition in CONDITIONS:
         name = f"embedded-{condition}" if base == "packaged-dit" else f"embedded-unet-{condition}"
         changes = {
             "output": str(runs / folder / condition),
-            "base": base if out == WEIGHTS else str(out / base_folder),
+            "base": base if out == WEIGHTS else str(out / base),
             "torch_compile": compiled,
         }
         trained = train(load_config(find_config(name)).model_copy(update=changes), resume="latest")

@@ -69,7 +69,7 @@ def test_a_sky_that_is_never_judged_has_no_share() -> None:
 def test_what_is_written_is_what_was_drawn(tmp_path: Path) -> None:
     arguments = ["--count", "2", "--steps", "2", "--guidance", "1", "--out", str(tmp_path)]
     assert base_quality.main(arguments) == 0
-    folder = tmp_path / "unet_base"
+    folder = tmp_path / "packaged-unet"
     assert {path.name for path in folder.iterdir()} == {"README.md", "quality.json", "pictures.png"}
     result = json.loads((folder / "quality.json").read_text())
     assert result["run_info"]["settings"] == {"pictures": 2, "steps": 2, "guidance": 1.0, "seed": 42}
