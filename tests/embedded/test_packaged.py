@@ -8,7 +8,9 @@ from diffusers import FluxPipeline
 from safetensors import safe_open
 
 from loco_diffusion.bases import load_base
+from loco_diffusion.cli_adapters import load_on_base
 from loco_diffusion.conditions import get_condition
+from loco_diffusion.control.adapter_folder import read_any
 from loco_diffusion.data.render import render
 from loco_diffusion.data.scenes import TEST_SEEDS, sample_scene
 from loco_diffusion.embedded import (
@@ -19,6 +21,7 @@ from loco_diffusion.embedded import (
     load_packaged_classifier,
     load_packaged_pipeline,
     packaged_adapter,
+    packaged_base,
 )
 from loco_diffusion.embedded.scene_classifier import truth
 from loco_diffusion.errors import UserError
@@ -58,6 +61,13 @@ def test_packaged_bases_have_names(pipe: FluxPipeline) -> None:
     assert torch.equal(named.transformer.proj_out.weight, pipe.transformer.proj_out.weight)
     session = open_session("packaged-dit")
     assert session.pipe.dtype == torch.float32 and session.defaults.width == 128
+
+
+@pytest.mark.parametrize("base", PACKAGED_BASES)
+def test_an_adapter_finds_its_packaged_base(base: str) -> None:
+    folder = packaged_adapter("canny", base)
+    _, denoiser = load_on_base(folder, read_any(folder), None)
+    assert denoiser.config["_name_or_path"] == str(packaged_base(base))
 
 
 def test_the_classifier_knows_scenes_it_has_never_seen() -> None:
