@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 from report import markdown_table
@@ -85,7 +85,7 @@ def _table(study: Study, task: str, by_method: dict[str, list[Result]]) -> str:
                 f"{lr:g}{' *' if at_an_end else ''}",
                 str(len(runs)),
                 f"{runs[0]['parameters']['adapter']:,}",
-                f"{mean(run['seconds'] for run in runs):.0f}",
+                f"{median(run['seconds'] for run in runs):.0f}",
             ]
         )
     return markdown_table(lines)
@@ -99,6 +99,10 @@ def _remarks(study: Study, folder: Path, task: str, by_method: dict[str, list[Re
         for result in results
         if result["diverged"]
     ]
+    trained = {result["run"]["method"] for result in results}
+    missing = [
+        m for m, one in study.methods.items() if task in (one.tasks or study.tasks) and m not in trained
+    ]
     machines = {
         f"{machine['cpu']}, {machine['threads']} threads, {machine['device']}"
         for result in results
@@ -107,7 +111,8 @@ def _remarks(study: Study, folder: Path, task: str, by_method: dict[str, list[Re
     return [
         "\\* the best of the rates that were tried, at an end of them: a better one may lie beyond. The seed that "
         "chose the rate is one of those in the mean.",
-        f"Diverged, and not in the means: {', '.join(diverged) or 'none'}. Trained on: {'; '.join(sorted(machines))}.",
+        f"Diverged, and not in the means: {'; '.join(diverged) or 'none'}. Not trained yet: "
+        f"{'; '.join(missing) or 'none'}. Trained on: {'; '.join(sorted(machines))}.",
     ]
 
 
