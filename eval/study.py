@@ -74,7 +74,9 @@ def study(
     name: Annotated[
         str, typer.Option("--study", help=f"{', '.join(names('studies'))}, or the path of a YAML file.")
     ] = "methods",
-    task: Annotated[list[str] | None, typer.Option(help="Only these tasks.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Only these tasks; rates are tuned on the study's first.")
+    ] = None,
     method: Annotated[list[str] | None, typer.Option(help="Only these methods.")] = None,
     table: Annotated[bool, typer.Option("--table", help="Only draw the results anew.")] = False,
     runs: Annotated[Path, typer.Option(help="Folder of the trainings.")] = Path("runs/study"),
