@@ -37,7 +37,8 @@ def parameters_of(denoiser: nn.Module, adapter_name: str) -> list[nn.Parameter]:
     """The parameters of one adapter."""
     found: list[nn.Parameter] = []
     for _, layer in layers_of(denoiser, adapter_name):
-        for container in (getattr(layer, attribute) for attribute in layer.adapter_layer_names):
+        names = dict.fromkeys(layer.adapter_layer_names)  # peft lists DoRA's magnitudes twice
+        for container in (getattr(layer, name) for name in names):
             if adapter_name in container:
                 entry = container[adapter_name]
                 found.extend([entry] if isinstance(entry, nn.Parameter) else entry.parameters())

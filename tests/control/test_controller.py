@@ -228,6 +228,7 @@ def test_bf16_base_keeps_float32_adapters(flux: FluxPipeline) -> None:
     "config",
     [
         LoraConfig(r=2, target_modules=TARGETS, lora_dropout=0.5),
+        LoraConfig(r=2, target_modules=TARGETS, use_dora=True),
         OFTConfig(oft_block_size=8, target_modules=TARGETS),
     ],
 )
@@ -236,6 +237,8 @@ def test_other_methods_of_peft(flux: FluxPipeline, config: LoraConfig | OFTConfi
     controller = Controller(flux)
     controller.add_adapter("canny", config)
     randomise(controller, "canny")
+    trainable = controller.trainable_parameters("canny")["adapter"]
+    assert len({id(parameter) for parameter in trainable}) == len(trainable)
     assert controller.adapters["canny"].method == config.peft_type.value
     with controller(canny=condition_map()):
         controlled = draw(flux)
