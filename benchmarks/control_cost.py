@@ -311,7 +311,7 @@ def _controlled(
     controller = Controller(make_pipe(denoiser))
     names = [f"condition{number}" for number in range(count)]
     for name in names:
-        config = LoCOConfig(r=4, num_rotations=4)
+        config = LoCOConfig(r=4, num_rotations=4, side="input")
         controller.add_adapter(name, config, encoder=encoder, tokens=tokens)
     if merged:
         controller.fuse(names[0])

@@ -45,7 +45,7 @@ def test_exports_a_lora_that_controls_the_same_way(
 ) -> None:
     export = ["export", str(adapters / "canny"), "--model", str(flux_folder)]
     assert main([*export, "--out", "lora/canny"]) == 0
-    assert capfd.readouterr().out == "Wrote lora/canny (rank 4, exact)\n"
+    assert capfd.readouterr().out == "Wrote lora/canny (rank 8, exact)\n"
     assert main([*export, "--out", "small", "--rank", "1"]) == 0
     assert "rank 1, relative error 0." in capfd.readouterr().out
     base = FluxPipeline.from_pretrained(flux_folder)
@@ -62,7 +62,7 @@ def test_exports_a_lora_that_controls_the_same_way(
     capfd.readouterr()
     assert main(["info", "lora/canny", "--model", str(flux_folder), "--plot", "values.png"]) == 0
     shown = capfd.readouterr()
-    assert shown.err == "" and "r 4, lora_alpha 4" in shown.out
+    assert shown.err == "" and " r 8 " in shown.out
     assert "of 110 leading singular vectors" in shown.out and "largest singular value" in shown.out
     assert "exists" in failure(*export, "--out", "small")
 
@@ -74,7 +74,7 @@ def test_exports_a_file_for_stock_diffusers(
     assert main(export) == 0
     captured = capfd.readouterr()
     assert (
-        captured.out == "Wrote lora.safetensors (rank 4, exact)\n" and "no condition encoder" in captured.err
+        captured.out == "Wrote lora.safetensors (rank 8, exact)\n" and "no condition encoder" in captured.err
     )
     base = FluxPipeline.from_pretrained(flux_folder)
     stock = denoised(base)

@@ -27,8 +27,8 @@ class Net(nn.Module):
 
 
 def config(**changes: Any) -> LoCOConfig:
-    settings = {"r": 2, "num_rotations": 3, "target_modules": ["first", "second"], "init_weights": False}
-    return LoCOConfig(**{**settings, **changes})
+    settings = {"r": 2, "num_rotations": 3, "side": "input", "target_modules": ["first", "second"]}
+    return LoCOConfig(**{**settings, "init_weights": False, **changes})
 
 
 def net() -> Net:

@@ -14,7 +14,7 @@ from loco_diffusion.adapters.adapted import AdaptedLayer
 from loco_diffusion.adapters.config import AdapterConfig
 
 METHODS: dict[str, Callable[..., AdapterConfig]] = {
-    "loco": lambda **settings: LoCOConfig(**{"r": 2, "num_rotations": 3, **settings}),
+    "loco": lambda **settings: LoCOConfig(**{"r": 2, "num_rotations": 3, "side": "input", **settings}),
     "loco-output": lambda **settings: LoCOConfig(
         **{"r": 2, "num_rotations": 2, "side": "output", "map": "exp", **settings}
     ),

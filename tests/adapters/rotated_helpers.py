@@ -36,7 +36,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def config(**changes: Any) -> LoCOConfig:
-    return LoCOConfig(**{"r": 2, "num_rotations": 3, "init_weights": False, **changes})
+    settings = {"r": 2, "num_rotations": 3, "side": "input", "init_weights": False}
+    return LoCOConfig(**{**settings, **changes})
 
 
 def layer(kind: str = "linear", dtype: torch.dtype = torch.float64, **changes: Any) -> LoCOLayer:

@@ -144,8 +144,8 @@ class Net(nn.Module):
 
 
 def config(**changes: Any) -> LoCOConfig:
-    settings = {"r": 2, "num_rotations": 1, "alpha": 6.0, "target_modules": ["conv", "linear"]}
-    return LoCOConfig(**{**settings, "init_weights": False, **changes})
+    settings = {"r": 2, "num_rotations": 1, "alpha": 6.0, "side": "input", "init_weights": False}
+    return LoCOConfig(**{**settings, "target_modules": ["conv", "linear"], **changes})
 
 
 def loaded(adapters: Sequence[tuple[AdapterConfig, Weights]], strengths: Sequence[float]) -> Tensor:

@@ -38,7 +38,7 @@ class Net(nn.Module):
 TARGETS = ["conv", "mix", "linear"]
 SETTINGS: dict[str, Any] = {"init_weights": False, "target_modules": TARGETS}
 METHODS = {
-    "input": LoCOConfig(r=2, num_rotations=3, alpha=9.0, **SETTINGS),
+    "input": LoCOConfig(r=2, num_rotations=3, alpha=9.0, side="input", **SETTINGS),
     "output": LoCOConfig(r=1, num_rotations=2, alpha=4.0, map="exp", side="output", **SETTINGS),
     "both": LoCOConfig(r=2, num_rotations=2, alpha=6.0, side="both", **SETTINGS),
     "truncated chain": LoCOConfig(r=2, num_rotations=3, alpha=9.0, chain_order=1, **SETTINGS),

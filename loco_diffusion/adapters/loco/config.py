@@ -24,15 +24,16 @@ PlaneInit = Literal["random", "skew"]
 class LoCOConfig(AdapterConfig):
     """Configuration of LoCO, W' = W R_1 ... R_m, each R_k a rotation made from a low-rank skew matrix.
 
-    Source: arXiv 2605.15916. A layer gets 2 * r * num_rotations * in_features parameters, as many as a LoRA
-    of rank r * num_rotations on a square layer. The fields' meanings are in their help texts.
+    Source: arXiv 2605.15916. A layer gets 2 * r * num_rotations parameters for each channel that is rotated: with one
+    side as many as a LoRA of rank r * num_rotations on a square layer, with both twice as many. The fields' meanings
+    are in their help texts.
 
     Raises:
         UserError: a value is out of its range; the message names the field.
     """
 
     r: int = field(default=4, metadata={"help": "Planes a rotation turns in; each rotation has rank 2 * r."})
-    num_rotations: int = field(default=4, metadata={"help": "Length of the chain of rotations."})
+    num_rotations: int = field(default=2, metadata={"help": "Length of the chain of rotations."})
     alpha: float | None = field(
         default=None,
         metadata={
@@ -58,7 +59,7 @@ class LoCOConfig(AdapterConfig):
         default="cayley", metadata={"help": 'From angles to rotations: "cayley" or "exp".'}
     )
     side: RotatedSide = field(
-        default="input",
+        default="both",
         metadata={"help": 'Which channels to rotate: a layer\'s "input", its "output" or "both".'},
     )
     magnitude: bool = field(
