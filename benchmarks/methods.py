@@ -31,7 +31,9 @@ Targets = str | list[str]
 METHODS: dict[str, Callable[[int, int], PeftConfig]] = {
     REFERENCE: lambda rank, width: LoraConfig(r=rank, lora_alpha=rank),
     "LoCO": lambda rank, width: LoCOConfig(r=4, num_rotations=rank // 4, side="input"),
-    "LoCO, order 0": lambda rank, width: LoCOConfig(r=4, num_rotations=rank // 4, side="input", chain_order=0),
+    "LoCO, order 0": lambda rank, width: LoCOConfig(
+        r=4, num_rotations=rank // 4, side="input", chain_order=0
+    ),
     "LoCO, both sides": lambda rank, width: LoCOConfig(r=4, num_rotations=rank // 8, side="both"),
     "LOFT": lambda rank, width: LOFTConfig(r=_skew_size(2 * rank * width), support="random"),
     "LOFT, r = 64": lambda rank, width: LOFTConfig(r=64, support="random"),

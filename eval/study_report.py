@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 from typing import Any
 
 from report import markdown_table
@@ -45,7 +45,7 @@ def write_study(folder: Path, study: Study) -> Path:
         study.description.strip(),
         f"{study.train_steps} steps of {study.batch_size}, {study.scenes:,} scenes at {study.size} px, "
         f"layers: {study.target_modules}; pictures in {study.sampling_steps} steps without guidance. "
-        "± is the standard deviation over the seeds.",
+        "± is the standard deviation over the seeds; differences are taken seed by seed.",
     ]
     for task in study.tasks:
         by_method = best_runs(study, folder, task)
@@ -70,7 +70,8 @@ def best_runs(study: Study, folder: Path, task: str) -> dict[str, list[Result]]:
 def _table(study: Study, task: str, by_method: dict[str, list[Result]]) -> str:
     shown = [score for score in SCORES[task] if score.key not in ("ssim", "psnr")]
     arrows = [f"{score.title} {'↑' if score.higher_is_better else '↓'}" for score in shown]
-    lines = [["method", *arrows, "lr", "seeds", "adapter parameters", "training s"]]
+    beside = f"{shown[0].title} − that of {study.reference}"
+    lines = [["method", *arrows, beside, "lr", "seeds", "adapter parameters", "fastest training, s"]]
     best_first = sorted(
         by_method, key=lambda m: mean(values_of(by_method[m], shown[0])), reverse=shown[0].higher_is_better
     )
@@ -82,10 +83,11 @@ def _table(study: Study, task: str, by_method: dict[str, list[Result]]) -> str:
             [
                 method,
                 *(spread(values_of(runs, score)) for score in shown),
+                _from_reference(runs, by_method.get(study.reference, []), shown[0]),
                 f"{lr:g}{' *' if at_an_end else ''}",
                 str(len(runs)),
                 f"{runs[0]['parameters']['adapter']:,}",
-                f"{median(run['seconds'] for run in runs):.0f}",
+                f"{min(run['seconds'] for run in runs):.0f}",
             ]
         )
     return markdown_table(lines)
@@ -121,11 +123,18 @@ def values_of(runs: list[Result], score: Score) -> list[float]:
     return [run["test"][score.key] for run in runs]
 
 
-def spread(values: list[float]) -> str:
+def _from_reference(runs: list[Result], reference: list[Result], score: Score) -> str:
+    """How a score differs from the reference's, seed by seed: much of its spread is the seed's, not the method's."""
+    own, other = ({run["run"]["seed"]: run["test"][score.key] for run in part} for part in (runs, reference))
+    differences = [own[seed] - other[seed] for seed in own.keys() & other.keys()]
+    return spread(differences, sign="+") if any(differences) else "–"
+
+
+def spread(values: list[float], sign: str = "") -> str:
     """Their mean and, of several, their standard deviation."""
-    digits = 3 if max(values) < 10 else 1
+    digits = 3 if max(map(abs, values)) < 10 else 1
     deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{deviation}"
+    return f"{mean(values):{sign}.{digits}f}{deviation}"
 
 
 def _draw(path: Path, task: str, by_method: dict[str, list[Result]], reference: str) -> Path:
