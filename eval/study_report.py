@@ -127,12 +127,16 @@ def _from_reference(runs: list[Result], reference: list[Result], score: Score) -
     """How a score differs from the reference's, seed by seed: much of its spread is the seed's, not the method's."""
     own, other = ({run["run"]["seed"]: run["test"][score.key] for run in part} for part in (runs, reference))
     differences = [own[seed] - other[seed] for seed in own.keys() & other.keys()]
-    return spread(differences, sign="+") if any(differences) else "–"
+    return spread(differences, _digits(list(own.values())), "+") if any(differences) else "–"
 
 
-def spread(values: list[float], sign: str = "") -> str:
+def _digits(values: list[float]) -> int:
+    return 3 if max(values) < 10 else 1
+
+
+def spread(values: list[float], digits: int | None = None, sign: str = "") -> str:
     """Their mean and, of several, their standard deviation."""
-    digits = 3 if max(map(abs, values)) < 10 else 1
+    digits = _digits(values) if digits is None else digits
     deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):{sign}.{digits}f}{deviation}"
 
