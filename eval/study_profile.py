@@ -154,23 +154,24 @@ def _draw(path: Path, profiles: dict[str, Profile]) -> None:
     """Left the median spectrum of the changes, right how the angles are distributed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 5), layout="constrained")
     changes, angles = figure.subplots(1, 2)
     for number, (method, own) in enumerate(profiles.items()):
         color = f"C{number % 10}"
         style = dict(color=color, linestyle="-" if number < 10 else "--", linewidth=1.4, label=method)
-        changes.plot(range(1, SHOWN + 1), own.spectra.median(0).values.clamp(min=1e-4), **style)
+        changes.plot(range(1, SHOWN + 1), own.spectra.median(0).values.clamp(min=1e-9), **style)
         if own.angles:
             shares = [100 * (index + 1) / len(own.angles) for index in range(len(own.angles))]
             angles.plot(sorted(own.angles), shares, **style)
     changes.set_yscale("log")
+    changes.set_ylim(bottom=0.01)  # beyond an adapter's rank there is nothing
     changes.set_xlabel("number of the singular value")
     changes.set_ylabel("σ of W' - W over σ₁ of W, median of the layers")
     angles.set_xlabel("angle of a plane, degrees")
     angles.set_ylabel("planes up to this angle, %")
     for axes in (changes, angles):
         axes.grid(alpha=0.3)
-    changes.legend(fontsize=7, ncols=2)
+    figure.legend(*changes.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(path, dpi=120)
 
 
