@@ -122,13 +122,13 @@ class RotatedLayer(AdaptedLayer):
         previous = dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
-        bias = getattr(self.get_base_layer(), "bias", None) if side == "output" else None
+        bias = _bias_of(self.get_base_layer()) if side == "output" else None
         for adapter in adapters:
             rotation, gain = self._factors(adapter, side, dtype)
             if rotation is None and gain is None:
                 continue
             x = x.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
+            bias = None if bias is None else bias.to(x)
             if side == "input" and gain is not None:
                 x = self._scale(x, gain, bias)
             if rotation is not None:
@@ -271,3 +271,14 @@ class RotatedLayer(AdaptedLayer):
                 downs.append(basis.mT @ weight.flatten(1))
             up, down = torch.cat(ups, 1), torch.cat(downs, 0)
         return up.view(*up.shape, *(1 for _ in kernel)), down.view(len(down), *weight.shape[1:])
+
+
+def _bias_of(base_layer: nn.Module) -> Tensor | None:
+    """A layer's bias, also outside its forward pass, where offloading may have taken it away."""
+    bias: Tensor | None = getattr(base_layer, "bias", None)
+    if bias is None or not bias.is_meta:
+        return bias
+    # enable_sequential_cpu_offload: accelerate's hook keeps the values
+    hook: Any = base_layer._hf_hook
+    (values,) = (h.weights_map for h in getattr(hook, "hooks", [hook]) if getattr(h, "weights_map", None))
+    return values["bias"]
