@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loco_diffusion import Controller, LoCOConfig
+from loco_diffusion.adapters.loco.config import RotatedSide
 from loco_diffusion.control import EncoderConfig, TokensConfig
 from loco_diffusion.control.adapter import Route
 from tiny_pipelines import Tiny
@@ -25,11 +26,19 @@ def fresh(tiny: Tiny) -> Any:
     return copy.deepcopy(_built[tiny.name])
 
 
-def add(controller: Controller, route: Route, name: str = "canny", seed: int = 0, stride: int = 1) -> None:
+def add(
+    controller: Controller,
+    route: Route,
+    name: str = "canny",
+    seed: int = 0,
+    stride: int = 1,
+    side: RotatedSide = "both",
+) -> None:
     """An adapter that looks trained: small random weights everywhere."""
     encoder = EncoderConfig(hidden_size=8) if route == "encoder" else None
     tokens = TokensConfig(stride) if route == "tokens" else None
-    controller.add_adapter(name, LoCOConfig(r=2, num_rotations=2), encoder=encoder, tokens=tokens)
+    config = LoCOConfig(r=2, num_rotations=2, side=side)
+    controller.add_adapter(name, config, encoder=encoder, tokens=tokens)
     randomise(controller, name, seed)
 
 
